@@ -98,7 +98,6 @@ def players(num_arms: int, indices: np.ndarray) -> dict[str, Player]:
 
 def total_rewards(env: environments.Environment, player: Player, key: jax.Array, num_episodes: int) -> jax.Array:
     """Returns the sum of the rewards of each episode. The same key gives the same bandits to every player."""
-    params = environments.BanditParams(max_steps=NUM_PULLS)
 
     def episode(key):
         reset_key, play_key = jax.random.split(key)
@@ -107,10 +106,10 @@ def total_rewards(env: environments.Environment, player: Player, key: jax.Array,
             memory, observation, state = carry
             act_key, step_key = jax.random.split(key)
             arm, memory = player.act(act_key, memory, observation)
-            observation, state, reward, *_ = env.step(step_key, state, arm, params)
+            observation, state, reward, *_ = env.step(step_key, state, arm, env.params)
             return (memory, observation, state), reward
 
-        start = (player.memory, *env.reset(reset_key, params))
+        start = (player.memory, *env.reset(reset_key, env.params))
         return jax.lax.scan(pull, start, jax.random.split(play_key, NUM_PULLS))[1].sum()
 
     return jax.jit(jax.vmap(episode))(jax.random.split(key, num_episodes))
@@ -151,10 +150,44 @@ def _means(n: int) -> np.ndarray:
 # ---- RL² -------------------------------------------------------------------------------------------------------------
 
 
-def initial_weights(key: jax.Array, num_arms: int, settings: Settings) -> dict[str, jax.Array]:
+class TrialState(NamedTuple):
+    """The state of a trial: the environment's, and the key of its task."""
+
+    state: Any
+    task_key: jax.Array
+
+
+def trial(env: environments.Environment) -> environments.Environment:
+    """Returns an environment whose episodes all have one task, until it is reset.
+
+    A task is what `env.reset` draws. After the end of an episode, the same key resets `env` to the same task and start.
+    The observation is that of `env`, the last action (one-hot), the last reward, and 1 if an episode has ended.
+    """
+
+    def observe(observation, action, reward, ended):
+        last = jnp.concatenate([jax.nn.one_hot(action, env.num_actions), jnp.stack([reward, ended])])
+        return jnp.concatenate([observation.reshape(-1), last])
+
+    def reset(key, params):
+        observation, state = env.reset(key, params)
+        return observe(observation, -1, jnp.zeros(()), jnp.zeros(())), TrialState(state, key)
+
+    def step(key, state, action, params):
+        new, first = env.step(key, state.state, action, params), env.reset(state.task_key, params)
+        reward, terminated, truncated, info = new[2:]
+        ended = terminated | truncated
+        observation, own = jax.tree.map(lambda a, b: jnp.where(ended, a, b), first, new[:2])
+        seen = observe(observation, action, reward, ended.astype(reward.dtype))
+        return seen, TrialState(own, state.task_key), reward, terminated, truncated, info
+
+    return environments.Environment(reset, step, env.params, env.num_actions)
+
+
+def initial_weights(key: jax.Array, env: environments.Environment, settings: Settings) -> dict[str, jax.Array]:
     hidden, keys = settings.hidden, jax.random.split(key, 3)
-    num_inputs = (3 if settings.shared else num_arms + 2) + 2 * hidden
-    outputs = 1 if settings.shared else num_arms
+    observation = jax.eval_shape(env.reset, key, env.params)[0]
+    num_inputs = (3 if settings.shared else observation.size) + 2 * hidden
+    outputs = 1 if settings.shared else env.num_actions
     return {
         "gates_w": jax.random.normal(keys[0], (num_inputs, 2 * hidden)) / num_inputs**0.5,
         "gates_b": jnp.concatenate([jnp.ones(hidden), jnp.zeros(hidden)]),
@@ -212,21 +245,22 @@ class Episodes(NamedTuple):
       mean: predicted means of later rewards.
       entropy: of the policy.
       reward: the rewards.
-      regret: the probability of the pulled arm minus that of the best one. The policy does not see it.
+      regret: the probability of the pulled arm minus that of the best one, if the loss needs it. The policy does not
+        see it.
     """
 
     taken: jax.Array
     mean: jax.Array
     entropy: jax.Array
     reward: jax.Array
-    regret: jax.Array
+    regret: jax.Array | None
 
 
-def play(weights, env: environments.Environment, key: jax.Array, batch: int) -> Episodes:
+def play(weights, env: environments.Environment, key: jax.Array, settings: Settings) -> Episodes:
     """Plays a batch of bandits; the log-probabilities, means and entropies are differentiable."""
-    params = environments.BanditParams(max_steps=NUM_PULLS)
+    batch = settings.batch
     reset_key, play_key = jax.random.split(key)
-    observation, state = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, batch), params)
+    observation, state = jax.vmap(env.reset, (0, None))(jax.random.split(reset_key, batch), env.params)
 
     def pull(carry, key):
         memory, observation, state = carry
@@ -235,9 +269,9 @@ def play(weights, env: environments.Environment, key: jax.Array, batch: int) -> 
         log_policy = jax.nn.log_softmax(logits)
         arm = jax.random.categorical(act_key, jax.lax.stop_gradient(logits))
         chosen = lambda table: jnp.take_along_axis(table, arm[:, None], axis=1)[:, 0]
-        regret = chosen(state.probability) - state.probability.max(1)
+        regret = chosen(state.probability) - state.probability.max(1) if settings.regret else None
         keys = jax.random.split(step_key, batch)
-        observation, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(keys, state, arm, params)
+        observation, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(keys, state, arm, env.params)
         entropy = -(jnp.exp(log_policy) * log_policy).sum(-1)
         return (memory, observation, state), Episodes(chosen(log_policy), value, entropy, reward, regret)
 
@@ -248,7 +282,7 @@ def play(weights, env: environments.Environment, key: jax.Array, batch: int) -> 
 
 def rl2_loss(weights, env: environments.Environment, step: jax.Array, key: jax.Array, settings: Settings) -> jax.Array:
     """Returns the actor-critic loss of a batch of episodes at update `step`."""
-    episodes = play(weights, env, key, settings.batch)
+    episodes = play(weights, env, key, settings)
     reward = episodes.regret if settings.regret else episodes.reward
     values = episodes.mean / (1 - settings.discount)
     constant = jax.lax.stop_gradient(jnp.concatenate([values, jnp.zeros_like(values[:1])]))
@@ -261,9 +295,8 @@ def rl2_loss(weights, env: environments.Environment, step: jax.Array, key: jax.A
     return 0.5 * (errors**2).mean() - (episodes.taken * normalized).mean() - weight * episodes.entropy.mean()
 
 
-def train(num_arms: int, settings: Settings, key: jax.Array) -> dict[str, jax.Array]:
+def train(env: environments.Environment, settings: Settings, key: jax.Array) -> dict[str, jax.Array]:
     """Returns the trained weights."""
-    env = environments.bandit(num_arms)
     start_key, learn_key = jax.random.split(key)
     loss = lambda hyperparams, step, key: rl2_loss(hyperparams, env, step, key, settings)
     rate = optax.cosine_decay_schedule(settings.rate, settings.num_updates)
@@ -275,7 +308,7 @@ def train(num_arms: int, settings: Settings, key: jax.Array) -> dict[str, jax.Ar
         state = learner.init(learn_key, weights, steps[0])
         return jax.lax.scan(lambda state, step: (learner.step(state, step)[0], None), state, steps)[0].hyperparams
 
-    return run(initial_weights(start_key, num_arms, settings))
+    return run(initial_weights(start_key, env, settings))
 
 
 ONE_UNIT = {"shared": False, "regret": False, "discount": 0.8, "trace": 1.0, "hidden": 32}
@@ -301,7 +334,7 @@ def develop(num_updates: int, names: Sequence[str], num_arms: int = 5) -> str:
     rows, env = [], environments.bandit(num_arms)
     for name in names or VARIANTS:
         settings = Settings(num_updates=num_updates)._replace(**VARIANTS[name])
-        weights = train(num_arms, settings, jax.random.key(DEVELOPMENT))
+        weights = train(env, settings, jax.random.key(DEVELOPMENT))
         player = network_player(weights, num_arms)
         rewards = np.asarray(total_rewards(env, player, jax.random.key(DEVELOPMENT + 1), 2000))
         rows.append([name, f"{rewards.mean():.2f}", f"{1.96 * rewards.std() / len(rewards) ** 0.5:.2f}"])
@@ -316,7 +349,7 @@ def results(num_arms: int, seed: int, settings: Settings, indices: np.ndarray) -
     """Returns {method: total rewards [num_episodes]}."""
     env, key = environments.bandit(num_arms), jax.random.key(1000 + seed)
     compared = players(num_arms, indices)
-    compared["RL²"] = network_player(train(num_arms, settings, jax.random.key(seed)), num_arms)
+    compared["RL²"] = network_player(train(env, settings, jax.random.key(seed)), num_arms)
     return {name: np.asarray(total_rewards(env, p, key, settings.num_episodes)) for name, p in compared.items()}
 
 

@@ -397,16 +397,19 @@ def plot(of_mazes: list[dict], of_courses: list[dict], settings: Settings, path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    deviation = lambda values: values.std(0, ddof=min(1, len(values) - 1))  # as in the tables
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
     for color, name in enumerate(name for name in of_mazes[0] if name != "shortest paths"):
         values = np.stack([run[name] for run in of_mazes])
-        left.errorbar(range(values.shape[1]), values.mean(0), values.std(0), color=f"C{color}", label=name, capsize=2)
+        left.errorbar(
+            range(values.shape[1]), values.mean(0), deviation(values), color=f"C{color}", label=name, capsize=2
+        )
     left.axhline(np.mean([run["shortest paths"][0] for run in of_mazes]), color="gray", ls=":", label="shortest paths")
     left.set(xlabel="steps of adaptation", ylabel="mean return on held-out goals", xticks=range(settings.num_steps + 1))
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     names = list(of_courses[0])
     values = np.array([[run[name][0] for name in names] for run in of_courses])
-    right.barh(names, values.mean(0), xerr=values.std(0), color="C0")
+    right.barh(names, values.mean(0), xerr=deviation(values), color="C0")
     right.set(xlabel="score of training on new CartPoles")
     right.invert_yaxis()
     figure.savefig(path, dpi=90)

@@ -207,11 +207,15 @@ def failures(results: dict[str, dict]) -> str:
 def differences(results: dict[str, dict]) -> str:
     """Returns interquartile means of meta-gradients minus those of the best of the grid; seeds are resampled."""
     rng, parts = np.random.default_rng(0), []
-    for name, family in results.items():
-        tuned, best = family["meta-gradients"]["score"], family["best of the grid"]["score"]
-        pick = lambda x: scores.interquartile_mean(x[rng.integers(len(x), size=(2000, len(x)))])
-        low, high = np.quantile(pick(tuned) - pick(best), [0.025, 0.975])
-        difference = scores.interquartile_mean(tuned) - scores.interquartile_mean(best)
+
+    def resampled(values):
+        draws = rng.integers(values.shape[1], size=(2000, *values.shape))
+        return scores.interquartile_mean(np.take_along_axis(values[None], draws, axis=2).reshape(2000, -1))
+
+    for name, families in {**{name: [family] for name, family in results.items()}, "all": results.values()}.items():
+        tuned, best = (np.stack([f[key]["score"] for f in families]) for key in ("meta-gradients", "best of the grid"))
+        low, high = np.quantile(resampled(tuned) - resampled(best), [0.025, 0.975])
+        difference = scores.interquartile_mean(tuned.reshape(-1)) - scores.interquartile_mean(best.reshape(-1))
         parts.append(f"{name} {difference:+.3f} [{low:+.3f}, {high:+.3f}]")
     return "Meta-gradients minus the best of the grid, interquartile means: " + "; ".join(parts) + "."
 
@@ -264,7 +268,7 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(results), figsize=(1 + 3.3 * len(results), 6), layout="constrained")
+    figure, axes = plt.subplots(2, len(results), figsize=(3 + 3.3 * len(results), 6), layout="constrained")
     for column, (name, family) in enumerate(results.items()):
         for color, method in enumerate(("bad values", "reference, bad rate", "meta-gradients", "best of the grid")):
             curves, edges = family[method]["curves"], np.linspace(0, 1, 21)
@@ -283,8 +287,8 @@ def plot(results: dict[str, dict], settings: Settings, path: Path) -> None:
         axes[1, column].set(yscale="log", xlabel="thousand steps of the environments")
     axes[0, 0].set_ylabel("score")
     axes[1, 0].set_ylabel("hyperparameter / its bad start")
-    axes[0, -1].legend(frameon=False, fontsize=8)
-    axes[1, -1].legend(frameon=False, fontsize=8)
+    for row in axes[:, -1]:  # next to the curves, so that it hides none
+        row.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -44,7 +44,9 @@ def test_players_count_and_choose():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one(shared):
-    weights = bandits.initial_weights(jax.random.key(0), 2, bandits.Settings(hidden=3, shared=shared))
+    weights = bandits.initial_weights(
+        jax.random.key(0), environments.bandit(2), bandits.Settings(hidden=3, shared=shared)
+    )
     memory = jnp.array([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]])[: 2 if shared else 1]
     observation = jnp.array([1.0, 0.0, 1.0, 0.5])  # arm 0 paid, half of the pulls
     closed = {**weights, "gates_b": jnp.array([50.0, 50, 50, 0, 0, 0])}
@@ -59,7 +61,9 @@ def test_a_recurrent_unit_keeps_its_memory_where_its_gate_is_one(shared):
 
 
 def test_units_that_share_weights_do_not_depend_on_the_order_of_the_arms():
-    weights = bandits.initial_weights(jax.random.key(0), 3, bandits.Settings(hidden=4, shared=True))
+    weights = bandits.initial_weights(
+        jax.random.key(0), environments.bandit(3), bandits.Settings(hidden=4, shared=True)
+    )
     order, memory = np.array([2, 0, 1]), jax.random.normal(jax.random.key(1), (3, 4))
     arm = jnp.array([0.0, 1.0, 0.0])
     see = lambda arm: jnp.concatenate([arm, jnp.array([1.0, 0.3])])
@@ -71,10 +75,10 @@ def test_units_that_share_weights_do_not_depend_on_the_order_of_the_arms():
 
 
 def test_the_regret_is_the_mean_reward_minus_that_of_the_best_arm():
-    env, settings = environments.bandit(3), bandits.Settings(hidden=4, shared=True)
-    weights = bandits.initial_weights(jax.random.key(0), 3, settings)
+    env, settings = environments.bandit(3), bandits.Settings(hidden=4, shared=True, batch=2000)
+    weights = bandits.initial_weights(jax.random.key(0), env, settings)
     weights = {**weights, "policy_w": jnp.zeros((4, 1))}  # uniform
-    episodes = jax.jit(lambda key: bandits.play(weights, env, key, 2000))(jax.random.key(1))
+    episodes = jax.jit(lambda key: bandits.play(weights, env, key, settings))(jax.random.key(1))
     assert episodes.regret.max() <= 0 and episodes.regret.shape == (100, 2000)
     # The best of three uniform probabilities is 3/4 on average, and a random one 1/2.
     assert episodes.regret.mean() == pytest.approx(-0.25, abs=0.01)
@@ -86,6 +90,40 @@ def test_the_regret_is_the_mean_reward_minus_that_of_the_best_arm():
 
 def test_the_network_learns_to_stay_with_the_better_arm():
     settings = bandits.Settings(num_updates=80, batch=32, hidden=8, rate=1e-2)
-    player = bandits.network_player(bandits.train(2, settings, jax.random.key(0)), 2)
-    rewards = bandits.total_rewards(environments.bandit(2), player, jax.random.key(1), 1000)
+    env = environments.bandit(2)
+    player = bandits.network_player(bandits.train(env, settings, jax.random.key(0)), 2)
+    rewards = bandits.total_rewards(env, player, jax.random.key(1), 1000)
     assert rewards.mean() > 57  # random pulls earn 50, the better arm 67
+
+
+def test_the_episodes_of_a_trial_have_one_task_and_the_observation_shows_what_happened():
+    env = environments.maze()  # `reset` draws the position and the goal
+    params = env.params._replace(max_steps=4)
+    trial = bandits.trial(env)
+    draws = np.stack([trial.reset(jax.random.key(i), params)[0] for i in range(6)])
+    assert len(np.unique(draws, axis=0)) > 1 and not draws[:, -6:].any()
+    first, state = trial.reset(jax.random.key(0), params)
+    goal, num_ended = state.state.goal, 0
+    for i in range(1, 13):
+        observation, state, reward, terminated, truncated, _ = trial.step(jax.random.key(i), state, i % 4, params)
+        ended = bool(terminated | truncated)
+        np.testing.assert_array_equal(observation[-6:], [*np.eye(4)[i % 4], reward, ended])
+        num_ended += ended
+        assert state.state.goal == goal
+        if ended:  # the same start
+            np.testing.assert_array_equal(observation[:-6], first[:-6])
+    assert num_ended >= 3  # an episode has four steps at most
+
+
+def test_a_single_unit_learns_a_task_that_its_first_episode_shows():
+    """The goal is left or right of the start. An episode ends after one move, so the second move knows the goal."""
+
+    def move(key, goal, action, params):
+        return goal, jnp.where(action == goal, 1.0, -1.0), jnp.array(True), jnp.array(False)
+
+    start = lambda key, params: jax.random.bernoulli(key).astype(jnp.int32)
+    env = bandits.trial(environments.environment(start, move, lambda goal, params: jnp.zeros(1), (), 2))
+    settings = bandits.Settings(num_updates=60, batch=32, hidden=8, rate=2e-2, shared=False, regret=False)
+    weights = bandits.train(env, settings, jax.random.key(0))
+    rewards = bandits.total_rewards(env, bandits.network_player(weights, 2), jax.random.key(1), 200)
+    assert rewards.mean() > 50  # one policy for both goals earns 0, the best 99

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import script
 from experiments.rl import families
 from experiments.rl.actor_critic import FAMILIES
 from metaopt import inner
@@ -112,3 +113,23 @@ def test_initialization_and_rates_have_their_own_outer_rates():
     updates, _ = optimizer.update(hyperparams, optimizer.init(hyperparams))
     np.testing.assert_allclose(updates["init"]["w"], -3e-3, rtol=1e-3)
     np.testing.assert_allclose(updates["rate"]["w"], -0.1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_the_picture_has_the_deviations_of_the_tables(num_seeds, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    rng = np.random.default_rng(0)
+    of_mazes = [{name: rng.normal(size=2) for name in ("MAML", "shortest paths")} for _ in range(num_seeds)]
+    of_courses = [{"unrolled": rng.uniform(size=7)} for _ in range(num_seeds)]
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    families.plot(of_mazes, of_courses, families.Settings(num_steps=1), tmp_path / "picture.png")
+    monkeypatch.undo()
+    plt.close(figures[0])
+    left, right = figures[0].axes
+    (bars,), (other,) = left.containers[0][2], right.containers[0].errorbar[2]
+    lengths = [np.ptp(segment, axis=0).max() for segment in [*bars.get_segments(), *other.get_segments()]]
+    columns = [*np.transpose([run["MAML"] for run in of_mazes]), [run["unrolled"][0] for run in of_courses]]
+    deviations = [float(script.spread(column, 9).split(" ± ")[1]) for column in columns]
+    np.testing.assert_allclose(lengths, 2 * np.array(deviations), atol=1e-8)
