@@ -12,31 +12,33 @@ A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon a
 tables of the folder that the environment variable METAOPT_DATA names.
 """
 
+import functools
+import importlib.util
 import json
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import jax
 import numpy as np
 import pandas as pd
 from sklearn import ensemble, linear_model, model_selection, pipeline, preprocessing
 
 from experiments import script
 from experiments.data import from_data_folder, regression_tables
-from metaopt import automl, tasks
+from metaopt import automl, spaces, tasks
+from metaopt.automl import _network_folds
 from metaopt.training import report_progress
 
 FAMILIES = Path(__file__).with_name("families.json")
 LOWEST = 1e-4  # a probability in a log loss, for all methods
 SIZES = {"under 500 rows": (0, 500), "500 to 2,000": (500, 2000), "above 2,000": (2000, 10**9)}
-ABLATIONS = {
-    "without g": {"models": ("linear", "lightgbm", "extra_trees", "random_forest", "xgboost")},
-    "only the network": {"models": ("network",)},
-    "without forests": {"models": ("network", "linear", "lightgbm", "xgboost")},
-    "without boosting": {"models": ("network", "linear", "extra_trees", "random_forest")},
-}
+TREES = ("lightgbm", "extra_trees", "random_forest", "xgboost")
+TREES += ("catboost",) if importlib.util.find_spec("catboost") else ()  # as in the estimators
+ABLATIONS = ("without g", "without the network", "without trees")  # with fits of their own; see `_parts_removed`
 
 
 class Split(NamedTuple):
@@ -103,6 +105,17 @@ def auto(split: Split, seed: int, args, **options: Any):
     if args.ablations and not options:
         details["also"] = _parts_removed(model, test, split)
     return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
+
+
+def ablated(name: str, split: Split, seed: int, args):
+    """The estimator without a part. Without g, the network has the default hyperparameters of its space."""
+    others = ("linear",) if split.is_class else ("linear", "gaussian_process")
+    models = {"without the network": (*others, *TREES), "without trees": ("network", *others)}.get(name)
+    if name != "without g":
+        return auto(split, seed, args, models=models)
+    default = jax.device_get(spaces.default(automl.tabular_network().space))
+    with mock.patch.object(_network_folds, "predicted_hyperparams", lambda *args: default):
+        return auto(split, seed, args, models=models)
 
 
 def _parts_removed(model: Any, test: pd.DataFrame, split: Split) -> dict[str, tuple[float, float]]:
@@ -210,15 +223,11 @@ def methods(args) -> dict[str, Callable]:
         "metaopt": auto,
     }
     if args.ablations:
-        return {"metaopt": auto} | {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
+        return {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.peers is not None:
         labels = sorted({file.stem.split(", ", 1)[1] for file in args.peers.glob("*.json")})
         chosen |= {label: peer(label, args.peers) for label in labels}
     return chosen
-
-
-def _with(options: dict[str, Any]):
-    return lambda split, seed, args: auto(split, seed, args, **options)
 
 
 def _aligned(probabilities: np.ndarray, classes: np.ndarray, split: Split) -> np.ndarray:
