@@ -7,6 +7,7 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on 15 of the tables
+    python experiments/automl/tables.py --instant        # only the seconds of `instant`, without and with compilation
 
 A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
 tables of the folder that the environment variable METAOPT_DATA names.
@@ -14,7 +15,9 @@ tables of the folder that the environment variable METAOPT_DATA names.
 
 import functools
 import importlib.util
+import itertools
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -192,6 +195,24 @@ def constant(split: Split, seed: int, args):
     return np.tile(shares, (len(split.test), 1)), {}
 
 
+def instant_seconds(splits: list[Split], args) -> str:
+    """Seconds of `instant` on each table, twice: the second time, JAX finds the compiled programs of the first one."""
+    seconds: dict[str, list[float]] = {"without compiled programs": [], "with compiled programs": []}
+    progress = report_progress(2 * len(splits), None, "{table}", table="")
+    with tempfile.TemporaryDirectory() as folder, progress as report:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        for number, (values, split) in enumerate(itertools.product(seconds.values(), splits)):
+            jax.clear_caches()  # of this process; those of the folder stay
+            values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
+            report(number + 1, table=split.table.name)
+    rows = [
+        [name, *(f"{value:.1f}" for value in (np.mean(values), np.median(values), max(values)))]
+        for name, values in seconds.items()
+    ]
+    return script.table([f"`instant` on {len(splits)} tables", "mean seconds", "median", "largest"], rows)
+
+
 def export(splits: list[Split], folder: Path) -> None:
     """Writes the tables for `peers.py`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -332,6 +353,7 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
     parser.add_argument("--ablations", action="store_true", help="add the estimator without some of its models")
+    parser.add_argument("--instant", action="store_true", help="only the seconds of `instant`")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--tables", type=int, default=None, help="only the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the models")
@@ -343,6 +365,11 @@ def main() -> None:
     splits, chosen = load(args), methods(args)
     if args.export is not None:
         export(splits, args.export)
+        return
+    if args.instant:
+        script.publish(
+            __file__, "Seconds of the preset `instant`", instant_seconds(splits, args), args, name="automl_instant"
+        )
         return
     results: dict[str, list[dict]] = {name: [] for name in chosen}
     with report_progress(len(splits) * len(chosen), None, "{table}, {method}", table="", method="") as progress:
