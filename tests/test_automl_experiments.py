@@ -95,7 +95,7 @@ def test_catboost_gets_gaps_and_categories(is_class):
     predicted = np.array(result["predicted"])
     if is_class:
         predicted = np.array(result["classes"])[predicted.argmax(axis=1)]
-    assert np.mean((predicted - y[70:]) ** 2) < 0.1 * y.var()
+    assert np.mean((predicted - y[70:]) ** 2) < 0.3 * y.var()
 
 
 def test_pages_of_development_families_and_ablations_have_their_own_names():
