@@ -117,6 +117,7 @@ def test_initialization_and_rates_have_their_own_outer_rates():
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
 def test_the_picture_has_the_deviations_of_the_tables(num_seeds, tmp_path, monkeypatch):
+    import matplotlib.container
     import matplotlib.pyplot as plt
 
     rng = np.random.default_rng(0)
@@ -128,8 +129,9 @@ def test_the_picture_has_the_deviations_of_the_tables(num_seeds, tmp_path, monke
     monkeypatch.undo()
     plt.close(figures[0])
     left, right = figures[0].axes
-    (bars,), (other,) = left.containers[0][2], right.containers[0].errorbar[2]
-    lengths = [np.ptp(segment, axis=0).max() for segment in [*bars.get_segments(), *other.get_segments()]]
+    kind = matplotlib.container.ErrorbarContainer
+    bars = [line for axes in (left, right) for drawn in axes.containers if isinstance(drawn, kind) for line in drawn[2]]
+    lengths = [np.ptp(segment, axis=0).max() for line in bars for segment in line.get_segments()]
     columns = [*np.transpose([run["MAML"] for run in of_mazes]), [run["unrolled"][0] for run in of_courses]]
     deviations = [float(script.spread(column, 9).split(" ± ")[1]) for column in columns]
     np.testing.assert_allclose(lengths, 2 * np.array(deviations), atol=1e-8)
