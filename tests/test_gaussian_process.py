@@ -9,7 +9,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 from sklearn.kernel_ridge import KernelRidge
 
 from experiments.data.corpus.frames import make_frame
-from experiments.hyperparameters.gaussian_process import features, learning, model, tables
+from experiments.hyperparameters.gaussian_process import features, learning, model, report, tables
 from metaopt import hypergrad, spaces
 
 pytestmark = pytest.mark.once  # an experiment
@@ -151,6 +151,15 @@ def test_g_follows_the_columns_and_sees_no_test_row():
     np.testing.assert_array_equal(moved["lengthscale"], z["lengthscale"])
     constant = learning.coordinates_of(trained, task, settings, constant=True).coordinates
     assert np.ptp(constant["lengthscale"]) == 0
+
+
+def test_differences_to_g_and_to_one_hyperparameter_by_hand():
+    losses = {"g": [1.0, 2.0], "one λ": [1.5, 2.5], "default": [3.0, 3.0]}
+    run = {f"30/{name}": np.stack([own, np.zeros(2)], axis=1) for name, own in losses.items()} | {"one λ": np.ones(3)}
+    lines = report.table([run], "Gaussian process", 30, 20, np.array(["a", "b"])).splitlines()
+    cells = {name: rest for name, *rest in (line.strip("| ").split(" | ") for line in lines)}
+    assert cells["one λ"][1].startswith("+0.500 [+0.500, +0.500]") and cells["one λ"][3] == "100%"
+    assert cells["default"][4] == "+1.000 [+0.500, +1.500]" and cells["g"][4] == "-0.500 [-0.500, -0.500]"
 
 
 def rows_of(pool, index, key, num):

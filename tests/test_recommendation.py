@@ -370,7 +370,7 @@ def test_movielens_is_read_in_the_formats_of_its_releases(release, tmp_path):
     np.testing.assert_array_equal(table.item, expected.item)
 
 
-def test_the_published_figures_of_shrunken_offsets():
+def test_the_figures_of_shrunken_offsets_that_come_with_the_data():
     file = Path(os.environ.get("METAOPT_DATA", "")) / "movietweetings_100k.npz"
     if not file.is_file():
         pytest.skip("METAOPT_DATA names no folder with movietweetings_100k.npz")
@@ -386,13 +386,13 @@ def test_the_published_figures_of_shrunken_offsets():
                 later = scores.later_errors(matrix, new, 0.0, 10.0)
                 errors.setdefault((k, name), []).append(scores.user_rmse(later, new.mask))
     means = {key: np.concatenate(values).mean() for key, values in errors.items()}
-    published = {
+    expected = {
         "global mean": (1.740, 1.738),
         ITEM_MEANS: (1.551, 1.547),
         "user offset, ridge 3": (1.633, 1.606),
         PLAIN: (1.434, 1.399),
     }
-    for name, values in published.items():  # the folds differ from those of the figures
+    for name, values in expected.items():  # the folds differ from those of the figures
         np.testing.assert_allclose([means[k, name] for k in (5, 10)], values, atol=2e-3, err_msg=name)
 
 

@@ -89,15 +89,31 @@ class Courses(NamedTuple):
 def read(folder: Path) -> Courses:
     table = from_parkinsons(folder)
     age, sex = (table.x[:, table.feature_names.index(name)] for name in ("age", "sex"))
-    largest = np.bincount(table.user).max()
+    return courses_of(table.user, table.time, table.y, age, sex)
+
+
+def courses_of(patient: np.ndarray, day: np.ndarray, score: np.ndarray, age: np.ndarray, sex: np.ndarray) -> Courses:
+    """Returns the patients of N recordings, in the order of their numbers.
+
+    Args:
+      patient: [N], numbers or names.
+      day: [N], since the patient's first visit. Training windows begin before day 60.
+      score, age, sex: [N]; age and sex are read from the first recording.
+
+    Raises:
+      ValueError: if a patient has fewer than six recordings: five, and one to predict.
+    """
+    _, user, counts = np.unique(patient, return_inverse=True, return_counts=True)
+    day, score, age, sex = (np.asarray(values, float) for values in (day, score, age, sex))
+    if counts.min() <= SHOTS:
+        raise ValueError(f"Each patient must have at least {SHOTS + 1} recordings; one has {counts.min()}.")
     rows = []
-    for patient in range(table.num_users):
-        own = np.flatnonzero(table.user == patient)
-        own = own[np.argsort(table.time[own], kind="stable")]
-        place = np.minimum(np.arange(largest), len(own) - 1)
-        early = np.sum(table.time[own[: len(own) - SHOTS]] <= WINDOW_DAYS)
-        day, score = table.time[own][place], table.y[own][place]
-        rows.append((day, score, len(own), max(early, 1), age[own[0]], sex[own[0]]))
+    for number in range(len(counts)):
+        own = np.flatnonzero(user == number)
+        own = own[np.argsort(day[own], kind="stable")]
+        place = np.minimum(np.arange(counts.max()), len(own) - 1)
+        early = np.sum(day[own[: len(own) - SHOTS]] <= WINDOW_DAYS)
+        rows.append((day[own][place], score[own][place], len(own), max(early, 1), age[own[0]], sex[own[0]]))
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     return Courses(*(jnp.asarray(c, jnp.int32 if c.dtype.kind == "i" else jnp.float32) for c in columns))
 

@@ -58,7 +58,12 @@ def describe(data: Data, parts: list[dict[str, np.ndarray]], settings: Settings)
         "kNN (shrinkage, ridge)",
         "Gibbs: factors",
     ]
-    return f"{text}{script.table(header, rows)}\n\n{_profiles(parts)}"
+    legend = (
+        "In each sweep, users' offsets are fitted, and then items' offsets again. New users have for each k [ridge, "
+        "center] of the user's offset, and for the factorization [ridge, ridge of the factors, center]. The center is "
+        "the value to which the offset is drawn."
+    )
+    return f"{text}{script.table(header, rows)}\n\n{legend}\n\n{_profiles(parts)}"
 
 
 def _profiles(parts: list[dict[str, np.ndarray]]) -> str:

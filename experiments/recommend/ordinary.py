@@ -9,7 +9,7 @@ from experiments.recommend.baselines import Offsets
 from experiments.recommend.ratings import Data, NewUsers, Ratings, Split
 from experiments.recommend.tuning import FactorChoice, OffsetChoice
 
-README_RIDGES = 3.0, 5.0  # the ridges of new users and of items in the published figures
+FIXED_RIDGES = 3.0, 5.0  # of new users and of items, for the figures that come with the data
 ITEM_MEANS = "item means, ridge 1"
 PLAIN = "offsets, ridges 3 and 5"
 TUNED = "offsets, tuned"
@@ -22,7 +22,7 @@ TUNED_NAMES = (TUNED, CONTENT, NEIGHBOURS, FACTORS, BAYESIAN)
 
 def simple_matrices(train: Ratings, new: NewUsers) -> dict[str, np.ndarray]:
     """Returns the untuned baselines, which reproduce the figures that come with the data."""
-    user_ridge, item_ridge = README_RIDGES
+    user_ridge, item_ridge = FIXED_RIDGES
     mean, count = train.rating.mean(), np.bincount(train.item, minlength=train.num_items)
     constant = Offsets(mean, np.zeros(train.num_items), np.zeros(train.num_users), count)
     means = baselines.fit_offsets(train, item_ridge=1.0).base

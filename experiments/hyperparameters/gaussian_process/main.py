@@ -81,7 +81,7 @@ def judge(coordinates, batch: base.Task) -> jax.Array:
 def run_seed(
     name: str, seed: int, bank: base.Task, judged: tables.Pool, settings: Settings, sizes, steps, folder
 ) -> dict:
-    """Returns "size/method" -> [T, 2] of one model and one seed."""
+    """Returns "size/method" -> [T, 2] of one model and one seed, and "one λ" -> its length scale, signal and noise."""
     own = MODELS[name]
     start = time.perf_counter()
     g = learning.kept(folder, f"{name}-g-{seed}", bank, own.outer, settings, seed)
@@ -92,6 +92,9 @@ def run_seed(
         batch = judged_tasks(judged, num, seed, settings, max(judged.x.shape[1] - num, 1))
         for method, z in coordinates(own.tuned, batch, g, one, settings, steps).items():
             results[f"{num}/{method}"] = np.asarray(judge(z, batch))
+            if method == "one λ":
+                hp = spaces.to_constrained(model.space(judged.x.shape[2]), jax.tree.map(lambda leaf: leaf[0], z))
+                results["one λ"] = np.stack([hp["lengthscale"][0], hp["signal"], hp["noise"]])
         print(f"  {num} rows: judged after {time.perf_counter() - start:.0f} s", flush=True)
     return results
 

@@ -21,6 +21,12 @@ def interval(difference: np.ndarray, num: int = 4000) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def compared(gap: np.ndarray) -> str:
+    """Returns the mean and its interval, or nothing for a method and itself."""
+    low, high = interval(gap)
+    return f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]" if gap.any() else ""
+
+
 def values_of(runs: list[dict], name: str, size: int, family: np.ndarray) -> dict[str, np.ndarray]:
     """Returns method -> [seeds, families], the score of the model `name`."""
     _, place, sign = LABELS[name]
@@ -30,19 +36,19 @@ def values_of(runs: list[dict], name: str, size: int, family: np.ndarray) -> dic
 
 
 def table(runs: list[dict], name: str, size: int, few: int, family: np.ndarray) -> str:
-    """One row for each method: mean, and g's difference with its interval over families."""
+    """One row for each method: mean, and the differences of g and of one λ to it with intervals over families."""
     label, _, sign = LABELS[name]
     values = values_of(runs, name, size, family)
     rows = []
     for method, own in values.items():
         gap = (values["g"] - own).mean(0)
-        low, high = interval(gap)
         better = np.mean(-sign * gap > 0)
-        compared = "" if method == "g" else f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
         wins = "" if method == "g" else f"{better:.0%}"
         median = "" if method == "g" else f"{np.median(gap):+.3f}"
-        rows.append([method, script.spread(own.mean(1)), compared, median, wins])
+        one = compared((values["one λ"] - own).mean(0))
+        rows.append([method, script.spread(own.mean(1)), compared(gap), median, wins, one])
     header = [f"{name}, {size} rows", f"{label}, ± over seeds", "g − it [95 %]", "median", "g better on"]
+    header.append("one λ − it [95 %]")
     return script.table(header, rows)
 
 
@@ -61,6 +67,9 @@ def report(results, family, sizes, few, settings, pool) -> str:
         f"{len(set(pool.family))} families, of at most {settings.train} training rows and {settings.width} columns. "
         f"Each step of Adam costs a gradient of the marginal likelihood; the features of g cost three."
     )
+    parts.append("One λ of each seed (length scale in units of √D, signal, noise):")
+    cells = lambda own: ["; ".join(", ".join(f"{value:.2f}" for value in run["one λ"]) for run in own)]
+    parts.append(script.table(["model", "one λ"], [[model, *cells(own)] for model, own in results.items()]))
     return "\n\n".join(parts)
 
 
