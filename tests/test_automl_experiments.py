@@ -14,7 +14,9 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 from test_experiments import run
 
-from experiments.automl import clusters, groups, tables
+from experiments.automl import clusters, groups, peers, tables
+from metaopt import automl, spaces
+from metaopt.automl._portfolio import portfolio
 from metaopt.tasks import Table
 
 pytestmark = pytest.mark.once  # an experiment
@@ -58,6 +60,42 @@ def test_kept_results_are_not_those_of_smoke_runs_ablations_or_peers(tmp_path):
         once(**options)
         once(**options)
         assert len(calls) - before == (1 if "seed" in options or "time" in options else 2), options
+
+
+@pytest.mark.parametrize("is_class", [True, False])
+def test_an_ablation_lacks_one_part(is_class, monkeypatch):
+    seen = {}
+    default = spaces.default(automl.tabular_network().space)
+
+    def auto(split, seed, args, models):
+        is_default = tables._network_folds.predicted_hyperparams is not predicted
+        members = portfolio("classification" if is_class else "regression", "balanced", models, 100)
+        hyperparams = tables._network_folds.predicted_hyperparams() if is_default else None
+        seen[name] = (hyperparams, {member.kind for member in members})
+
+    predicted = tables._network_folds.predicted_hyperparams
+    monkeypatch.setattr(tables, "auto", auto)
+    split = tables.Split(table_of(np.arange(8) % 2), is_class, np.arange(4), np.arange(4, 8))
+    for name in ("whole", *tables.ABLATIONS):
+        tables.ablated(name, split, 0, None)
+    (_, whole), (without_g, same), (_, no_network), (_, no_trees) = seen.values()
+    assert same == whole and without_g == default and [seen[name][0] for name in seen].count(None) == 3
+    assert no_network == whole - {"network"} and "network" in whole
+    assert no_trees == {"network", "linear"} | ({"gaussian_process"} & whole) and len(no_trees) == 3 - is_class
+
+
+@pytest.mark.parametrize("is_class", [True, False])
+def test_catboost_gets_gaps_and_categories(is_class):
+    pytest.importorskip("catboost")
+    x = np.stack([RNG.normal(size=90), RNG.integers(0, 3, 90)], axis=1)
+    y = x[:, 1].astype(int) + 4 if is_class else x[:, 0].copy()
+    x[:5, 0] = x[5:10, 1] = np.nan
+    frame, args = peers.frame(x, np.array([False, True])), SimpleNamespace(seed=0, cores=1)
+    result = peers.catboost(frame[:70], y[:70], frame[70:], is_class, args)
+    predicted = np.array(result["predicted"])
+    if is_class:
+        predicted = np.array(result["classes"])[predicted.argmax(axis=1)]
+    assert np.mean((predicted - y[70:]) ** 2) < 0.3 * y.var()
 
 
 def test_pages_of_development_families_and_ablations_have_their_own_names():

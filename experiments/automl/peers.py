@@ -1,4 +1,4 @@
-"""AutoGluon and FLAML on the tables of `tables.py`, in a separate environment without metaopt.
+"""AutoGluon, FLAML and CatBoost on the tables of `tables.py`, in a separate environment without metaopt.
 
     python experiments/automl/tables.py --export FOLDER     # with metaopt: the tables and their splits
     bash experiments/automl/install_peers.sh VENV           # once
@@ -61,14 +61,40 @@ def flaml(train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame, is_class: bool
     return {"predicted": np.asarray(predicted).tolist(), "models": [model.best_estimator], **details}
 
 
+def catboost(train: pd.DataFrame, y: np.ndarray, test: pd.DataFrame, is_class: bool, args) -> dict[str, Any]:
+    """CatBoost with its defaults, without a time limit. It takes categories as texts."""
+    from catboost import CatBoostClassifier, CatBoostRegressor
+
+    categorical = [name for name in train if isinstance(train[name].dtype, pd.CategoricalDtype)]
+    train, test = (
+        part.assign(**{name: part[name].astype(object).map(str) for name in categorical}) for part in (train, test)
+    )
+    start = time.perf_counter()
+    kind = CatBoostClassifier if is_class else CatBoostRegressor
+    model = kind(cat_features=categorical, random_seed=args.seed, thread_count=args.cores, allow_writing_files=False)
+    model.fit(train, y, verbose=False)
+    fitted = time.perf_counter()
+    predicted = model.predict_proba(test) if is_class else model.predict(test)
+    details = {"classes": np.asarray(model.classes_).tolist() if is_class else None, "fit": fitted - start}
+    details["predict"] = time.perf_counter() - fitted
+    return {"predicted": np.asarray(predicted).tolist(), "models": ["catboost"], **details}
+
+
+METHODS = {"autogluon": autogluon, "flaml": flaml, "catboost": catboost}
+
+
+def label_of(name: str, args) -> str:
+    return {"autogluon": f"AutoGluon {args.preset}", "flaml": "FLAML", "catboost": "CatBoost defaults"}[name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what `tables.py --export` wrote")
-    parser.add_argument("--methods", nargs="+", default=["autogluon", "flaml"], choices=["autogluon", "flaml"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--preset", default="medium_quality", help="of AutoGluon")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0, help="of FLAML; AutoGluon's is fixed")
+    parser.add_argument("--seed", type=int, default=0, help="of FLAML and CatBoost; AutoGluon's is fixed")
     args = parser.parse_args()
     for path in sorted(args.folder.glob("*.npz")):
         with np.load(path) as arrays:  # numbers only: `allow_pickle` is off
@@ -76,14 +102,13 @@ def main() -> None:
             train, test, is_class = arrays["train"], arrays["test"], bool(arrays["is_class"])
         columns = frame(x, categorical)
         for name in args.methods:
-            label = f"AutoGluon {args.preset}" if name == "autogluon" else "FLAML"
+            label = label_of(name, args)
             result_file = args.folder / f"{path.stem}, {label}, {args.time:g} s.json"
             if result_file.is_file():
                 continue
-            method = autogluon if name == "autogluon" else flaml
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                result = method(columns.iloc[train], y[train], columns.iloc[test], is_class, args)
+                result = METHODS[name](columns.iloc[train], y[train], columns.iloc[test], is_class, args)
             result_file.write_text(json.dumps(result))
             print(f"{path.stem}, {label}: {result['fit']:.1f} s, {', '.join(result['models'])}", flush=True)
 

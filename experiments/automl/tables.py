@@ -7,36 +7,41 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on 15 of the tables
+    python experiments/automl/tables.py --instant        # only the seconds of `instant`, without and with compilation
 
 A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
 tables of the folder that the environment variable METAOPT_DATA names.
 """
 
+import functools
+import importlib.util
+import itertools
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+import jax
 import numpy as np
 import pandas as pd
 from sklearn import ensemble, linear_model, model_selection, pipeline, preprocessing
 
 from experiments import script
 from experiments.data import from_data_folder, regression_tables
-from metaopt import automl, tasks
+from metaopt import automl, spaces, tasks
+from metaopt.automl import _network_folds
 from metaopt.training import report_progress
 
 FAMILIES = Path(__file__).with_name("families.json")
 LOWEST = 1e-4  # a probability in a log loss, for all methods
 SIZES = {"under 500 rows": (0, 500), "500 to 2,000": (500, 2000), "above 2,000": (2000, 10**9)}
-ABLATIONS = {
-    "without g": {"models": ("linear", "lightgbm", "extra_trees", "random_forest", "xgboost")},
-    "only the network": {"models": ("network",)},
-    "without forests": {"models": ("network", "linear", "lightgbm", "xgboost")},
-    "without boosting": {"models": ("network", "linear", "extra_trees", "random_forest")},
-}
+TREES = ("lightgbm", "extra_trees", "random_forest", "xgboost")
+TREES += ("catboost",) if importlib.util.find_spec("catboost") else ()  # as in the estimators
+ABLATIONS = ("without g", "without the network", "without trees")  # with fits of their own; see `_parts_removed`
 
 
 class Split(NamedTuple):
@@ -103,6 +108,17 @@ def auto(split: Split, seed: int, args, **options: Any):
     if args.ablations and not options:
         details["also"] = _parts_removed(model, test, split)
     return (_aligned(predicted, model.classes_, split) if split.is_class else predicted), details
+
+
+def ablated(name: str, split: Split, seed: int, args):
+    """The estimator without a part. Without g, the network has the default hyperparameters of its space."""
+    others = ("linear",) if split.is_class else ("linear", "gaussian_process")
+    models = {"without the network": (*others, *TREES), "without trees": ("network", *others)}.get(name)
+    if name != "without g":
+        return auto(split, seed, args, models=models)
+    default = jax.device_get(spaces.default(automl.tabular_network().space))
+    with mock.patch.object(_network_folds, "predicted_hyperparams", lambda *args: default):
+        return auto(split, seed, args, models=models)
 
 
 def _parts_removed(model: Any, test: pd.DataFrame, split: Split) -> dict[str, tuple[float, float]]:
@@ -179,6 +195,24 @@ def constant(split: Split, seed: int, args):
     return np.tile(shares, (len(split.test), 1)), {}
 
 
+def instant_seconds(splits: list[Split], args) -> str:
+    """Seconds of `instant` on each table, twice: the second time, JAX finds the compiled programs of the first one."""
+    seconds: dict[str, list[float]] = {"without compiled programs": [], "with compiled programs": []}
+    progress = report_progress(2 * len(splits), None, "{table}", table="")
+    with tempfile.TemporaryDirectory() as folder, progress as report:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        for number, (values, split) in enumerate(itertools.product(seconds.values(), splits)):
+            jax.clear_caches()  # of this process; those of the folder stay
+            values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
+            report(number + 1, table=split.table.name)
+    rows = [
+        [name, *(f"{value:.1f}" for value in (np.mean(values), np.median(values), max(values)))]
+        for name, values in seconds.items()
+    ]
+    return script.table([f"`instant` on {len(splits)} tables", "mean seconds", "median", "largest"], rows)
+
+
 def export(splits: list[Split], folder: Path) -> None:
     """Writes the tables for `peers.py`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,15 +244,11 @@ def methods(args) -> dict[str, Callable]:
         "metaopt": auto,
     }
     if args.ablations:
-        return {"metaopt": auto} | {f"metaopt {name}": _with(options) for name, options in ABLATIONS.items()}
+        return {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.peers is not None:
         labels = sorted({file.stem.split(", ", 1)[1] for file in args.peers.glob("*.json")})
         chosen |= {label: peer(label, args.peers) for label in labels}
     return chosen
-
-
-def _with(options: dict[str, Any]):
-    return lambda split, seed, args: auto(split, seed, args, **options)
 
 
 def _aligned(probabilities: np.ndarray, classes: np.ndarray, split: Split) -> np.ndarray:
@@ -323,6 +353,7 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
     parser.add_argument("--ablations", action="store_true", help="add the estimator without some of its models")
+    parser.add_argument("--instant", action="store_true", help="only the seconds of `instant`")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--tables", type=int, default=None, help="only the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the models")
@@ -334,6 +365,11 @@ def main() -> None:
     splits, chosen = load(args), methods(args)
     if args.export is not None:
         export(splits, args.export)
+        return
+    if args.instant:
+        script.publish(
+            __file__, "Seconds of the preset `instant`", instant_seconds(splits, args), args, name="automl_instant"
+        )
         return
     results: dict[str, list[dict]] = {name: [] for name in chosen}
     with report_progress(len(splits) * len(chosen), None, "{table}, {method}", table="", method="") as progress:
