@@ -79,6 +79,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     | `transforms.LearnedWeights` | the weights of `transforms.learned` |
     | `automl.AutoClassifier`, `automl.AutoRegressor` | a fitted estimator with its models |
     | `automl.AutoClusterer` | a fitted estimator with its clusters |
+    | `automl.TabularModel` | a trained `tabular_network`, its λ and the encoding of its table |
     | `tasks.TableEncoder` | how columns of a data frame become numbers; a JSON text |
     | `tasks.Split` | classes, rows and sources of each part; a JSON text |
     | any other pytree of arrays | λ, θ, or the state of a model, an optimizer or a learner; `load` needs `like=` |

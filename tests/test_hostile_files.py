@@ -197,6 +197,16 @@ def write_auto_clusterer(folder):
     metaopt.save(folder / "model.npz", automl.AutoClusterer(3, algorithms=("kmeans", "mixture"), n_jobs=1).fit(x))
 
 
+def write_tabular_model(folder):
+    x = RNG.normal(size=(30, 2))
+    table = tasks.prepare({"a": x[:, 0], "b": x[:, 1], "y": ["no", "yes"] * 15}, "y", test_fraction=0.0)
+    network = automl.tabular_network(num_steps=2, num_members=2, num_hidden=3)
+    hyperparams = spaces.default(network.space)
+    params = automl.train(network, KEY, hyperparams, automl.tabular_task(table))
+    model = automl.TabularModel(params, hyperparams, table.encoder, table.columns, table.classes)
+    metaopt.save(folder / "model.npz", model)
+
+
 def write_network(folder):
     network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
     supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
@@ -395,6 +405,9 @@ CASES = {
     ),
     "auto_clusterer": Case(
         write_auto_clusterer, lambda f: metaopt.load(f / "model.npz"), automl.AutoClusterer, share=0.5
+    ),
+    "tabular_model": Case(
+        write_tabular_model, lambda f: metaopt.load(f / "model.npz"), automl.TabularModel, numbers="missing", share=0.5
     ),
     "NAS-Bench-301": Case(write_301, lambda f: nas.read_nas_bench_301(f), BENCHMARK, numbers="missing"),
 }

@@ -178,6 +178,17 @@ def auto_clusterer(path):
     return values(metaopt.load(path)), values(fitted)
 
 
+def tabular_model(path):
+    frame = {"size": [1.5, 2.5, None, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes", "yes", "no"] * 5}
+    table = tasks.prepare(frame, "sold", test_fraction=0.0)
+    network = automl.tabular_network(num_steps=2, num_members=2, num_hidden=3)
+    hyperparams = spaces.default(network.space)
+    params = automl.train(network, KEY, hyperparams, automl.tabular_task(table))
+    model = automl.TabularModel(params, hyperparams, table.encoder, table.columns, table.classes)
+    metaopt.save(path, model)
+    return metaopt.load(path), model
+
+
 def _estimator(path, kind, y):
     x = np.random.default_rng(0).normal(size=(40, 2))
     fitted = kind(models=("linear",), time_limit=None, verbose=False).fit(x, y)
@@ -242,6 +253,7 @@ MEMBERS = {
     "automl.AutoClassifier": auto_classifier,
     "automl.AutoClusterer": auto_clusterer,
     "automl.AutoRegressor": auto_regressor,
+    "automl.TabularModel": tabular_model,
     "tasks.Split": split,
     "tasks.TableEncoder": table_encoder,
     "transforms.LearnedWeights": learned_transform,

@@ -14,6 +14,7 @@ from some 2,400 tasks; `experiments/hyperparameters/transfer` trains and judges 
     hyperparams = automl.predict_hyperparams(prepared)
     network = automl.tabular_network()
     params = automl.train(network, key, hyperparams, automl.tabular_task(prepared))
+    model = automl.TabularModel(params, hyperparams, prepared.encoder, prepared.columns, prepared.classes)  # one file
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from metaopt import _extras
 from metaopt.automl._network import TabularNetwork, tabular_network, tabular_task, train
 from metaopt.automl._shipped import predict_hyperparams, shipped_predictor
+from metaopt.automl._tabular_model import TabularModel
 
 if TYPE_CHECKING:
     from metaopt.automl._clusterer import AutoClusterer
@@ -30,6 +32,7 @@ __all__ = [
     "AutoClassifier",
     "AutoClusterer",
     "AutoRegressor",
+    "TabularModel",
     "TabularNetwork",
     "predict_hyperparams",
     "shipped_predictor",

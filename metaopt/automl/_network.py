@@ -72,13 +72,13 @@ def tabular_network(
         return _optimizer(hyperparams, num_steps)
 
     def outer_loss(params, hyperparams, batch):
-        log_p = _log_probabilities(params, hyperparams, batch)
+        log_p = log_probabilities(params, hyperparams, batch)
         nll = -jnp.take_along_axis(log_p, batch["y"][:, None], axis=1)[:, 0]
         return jnp.sum(nll * batch["mask"]) / batch["mask"].sum()
 
     sampler = _with_share(inner.minibatch(batch_size, shared=_SHARED))
     loop = inner.loop(loss, optimizer, init=init, sampler=sampler, with_context=True)
-    return TabularNetwork(tabular_space(), inner.problem(loop, outer_loss), num_steps, _log_probabilities)
+    return TabularNetwork(tabular_space(), inner.problem(loop, outer_loss), num_steps, log_probabilities)
 
 
 def tabular_space() -> dict[str, spaces.Leaf]:
@@ -199,7 +199,8 @@ def _member_log_probabilities(params, hyperparams, batch, key: jax.Array | None 
     return jax.nn.log_softmax(jnp.where(batch["class_mask"] > 0, logits, -1e9))
 
 
-def _log_probabilities(params, hyperparams, batch) -> jax.Array:
+def log_probabilities(params, hyperparams, batch) -> jax.Array:
+    """Returns [N, C], the logarithm of the mean of the members' probabilities. It needs "x" and the two masks."""
     members = params["output"].shape[0]
     return jax.nn.logsumexp(_member_log_probabilities(params, hyperparams, batch), axis=0) - np.log(members)
 

@@ -13,6 +13,7 @@ from metaopt.automl._inputs import Inputs, TargetTable
 from metaopt.automl._network_folds import NetworkModel
 from metaopt.automl._portfolio import Member
 from metaopt.automl._score_error import ScoreError
+from metaopt.automl._tabular_model import decode_labels, encode_labels
 from metaopt.tasks import FittedColumns
 
 
@@ -46,7 +47,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         },
     }
     if ensemble.num_classes:
-        header["classes"] = _encode_labels(estimator.classes_)
+        header["classes"] = encode_labels(estimator.classes_)
     else:
         header |= {"mean": estimator.mean_, "scale": estimator.scale_}
     return header, arrays
@@ -84,7 +85,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
     if num_classes:
-        estimator.classes_ = _decode_labels(header["classes"])
+        estimator.classes_ = decode_labels(header["classes"])
         if len(estimator.classes_) != num_classes:
             raise ValueError(f"it names {len(estimator.classes_)} classes, and has {num_classes}")
     else:
@@ -102,18 +103,6 @@ def _check_prediction(estimator: Any) -> None:
         raise ValueError(f"its models, columns and classes do not fit each other: {error}") from error
     if predicted.shape != shape or not np.isfinite(predicted).all():
         raise ValueError("its predictions are not finite numbers, one for each row and class")
-
-
-def _encode_labels(classes: np.ndarray) -> dict[str, Any]:
-    if classes.dtype.kind in "mM":  # times, in whole units
-        return {"dtype": classes.dtype.str, "values": classes.astype(np.int64).tolist()}
-    return {"dtype": classes.dtype.str if classes.dtype.kind in "biufU" else "object", "values": classes.tolist()}
-
-
-def _decode_labels(labels: dict[str, Any]) -> np.ndarray:
-    if not all(isinstance(value, str | int | float | bool) for value in labels["values"]):
-        raise ValueError("its classes are not texts, numbers or booleans")
-    return np.array(labels["values"], dtype=np.dtype(labels["dtype"]))
 
 
 def _encode_inputs(prefix: str, inputs: Inputs) -> dict[str, np.ndarray]:

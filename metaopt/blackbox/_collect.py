@@ -131,6 +131,7 @@ def collect(
       did not begin within the budget have no record.
 
     Raises:
+      KeyboardInterrupt: if SIGINT (Ctrl-C) arrived. The store has all trials that ended before.
       ValueError: if an argument is invalid.
       ValueError: if the store has this study from another space, searcher or key, or another collection of it is
         running.
@@ -170,10 +171,25 @@ def collect(
     try:
         with _alone(store, study), workers(backend, num_workers), _progress(num_trials, len(named), progress) as show:
             _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
+    except KeyboardInterrupt as error:
+        if error.args:  # that of a `fit` in the objective names its own checkpoint
+            raise
+        # joblib's traceback is long, and does not say what remains.
+        raise KeyboardInterrupt(_interrupted(store)) from None
     finally:
         if isolated:
             end_children(owner)
     return [record for search in searches for record in search.records]
+
+
+def _interrupted(store: Any) -> str:
+    """The message of the exception for Ctrl-C."""
+    if store is None:
+        return "Ctrl-C ended the collection. Its records are lost, because it has no `store`."
+    return (
+        f"Ctrl-C ended the collection. {os.fspath(store)} has all trials that ended before: the same call continues "
+        "from there."
+    )
 
 
 def _search(

@@ -14,7 +14,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
-from metaopt.training import _cache, _learner, _processes, _run, _stopping
+from metaopt.training import _advice, _cache, _learner, _processes, _run, _stopping
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._run import Run, is_among_best, owned
@@ -223,7 +223,7 @@ def fit(
                     _save_nonfinite(checkpoints, run, steps, report, eval_every)
                 run = _run.advanced(run, state, metrics, drawn)
                 report(run.step, value=metrics[-1]["value"], norm=metrics[-1]["hypergrad_norm"])
-                warned = warned or _warned_of_rest(run, num, num_steps)
+                warned = _advice.logged(warned, run, num, num_steps, hyperparams)
         except (_stopping.Interrupted, _stopping.Terminated) as error:
             received.append(error.number)  # from a `fit` that `evaluate` or `callback` called
             stopped = ""
@@ -433,23 +433,6 @@ def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: li
     if errors:
         raise errors[0]
     return ended
-
-
-def _warned_of_rest(run: Run, num: int, num_steps: int) -> bool:
-    """Logs a warning if an implicit rule runs far from rest. It checks every 100 steps, and at the end.
-
-    Returns:
-      Whether it logged the warning.
-    """
-    if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
-        return False
-    with np.errstate(over="ignore"):  # a diverging loss
-        recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
-    sentences = _checks.far_from_rest(recent)
-    if sentences:
-        message = " ".join([*sentences, _checks.REST_ADVICE])
-        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
-    return bool(sentences)
 
 
 def _intact(tree: base.PyTree) -> bool:

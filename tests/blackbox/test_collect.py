@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from pathlib import Path
 from typing import Any
@@ -643,6 +644,36 @@ def test_joblib_s_backends(backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
         records = collect(black_boxes.quadratic, isolated=True, num_trials=2)
     assert without_cost(records) == without_cost(collect(black_boxes.quadratic, isolated=True, num_trials=2))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_ctrl_c_says_what_remains_and_how_to_continue(tmp_path, stored):
+    store = tmp_path / "records.db" if stored else None
+
+    def objective(trial, task):
+        if trial.trial == 2:
+            raise KeyboardInterrupt  # as Python does for SIGINT, which a job in the background may ignore
+        return black_boxes.pure(trial, task)
+
+    expected = (
+        f"{store} has all trials that ended before: the same call continues" if stored else "Its records are lost"
+    )
+    with pytest.raises(KeyboardInterrupt) as caught:
+        collect(objective, on={"left": -0.5}, store=store)
+    assert expected in str(caught.value)
+    assert "joblib" not in "".join(traceback.format_exception(caught.value))  # not its twenty frames
+    if stored:
+        assert len(blackbox.read_records(store, status="COMPLETE")) == 2
+        continued = collect(on={"left": -0.5}, store=store)
+        assert without_cost(continued) == without_cost(collect(on={"left": -0.5}))
+
+
+def test_ctrl_c_in_a_fit_of_the_objective_keeps_its_message():
+    def objective(trial, task):
+        raise KeyboardInterrupt("the checkpoint of the fit")
+
+    with pytest.raises(KeyboardInterrupt, match="the checkpoint of the fit"):
+        collect(objective)
 
 
 COLLECTOR = """

@@ -257,6 +257,28 @@ def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
             assert times == (1 if name == "far" else 0), (name, num_steps)
 
 
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_an_entry_of_lambda_that_nothing_reads_is_reported_once(tmp_path, caplog, steps_per_call):
+    def estimate(hyperparams, task, state):
+        value, hypergrad = jax.value_and_grad(lambda hp: jnp.sum((hp["used"] - task) ** 2))(hyperparams)
+        return base.Estimate(value, hypergrad, jnp.array(True), {}), state
+
+    rule = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    start = {"used": jnp.ones(2), "layers": {"unread": jnp.zeros(2)}}
+
+    def num_reports(optimizer, num_steps, hyperparams=start, **options):
+        caplog.clear()
+        options |= {"hyperparams": hyperparams, "num_steps": num_steps, "steps_per_call": steps_per_call}
+        fit(training.learner(rule, optimizer), lambda key: jnp.array([1.0, 2.0]), **options)
+        return caplog.text.count("initial values: layers.unread.")
+
+    assert [num_reports(optax.adam(0.1), num_steps) for num_steps in (0, 1, 3, 10, 25)] == [0, 1, 1, 1, 1]
+    assert num_reports(optax.MultiSteps(optax.sgd(0.1), 4), 25) == 1  # the other one moves in the fourth step
+    assert num_reports(optax.sgd(0.1), 25, {"used": jnp.ones(2)}) == 0 and not caplog.text
+    assert num_reports(optax.sgd(0.1), 12, checkpoint_dir=tmp_path) == 1
+    assert num_reports(optax.sgd(0.1), 25, checkpoint_dir=tmp_path) == 0  # a continued run
+
+
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
     result = fit(sample_tasks=lambda key: np.array([np.nan]), num_steps=2)
     assert result.hyperparams == 7.0 and "had no finite hypergradient and were skipped" in caplog.text

@@ -1,0 +1,67 @@
+"""Warnings of `fit` about runs whose result may not be what the caller expects."""
+
+import logging
+
+import jax
+import numpy as np
+
+from metaopt import _checks, base
+from metaopt.training import _processes
+from metaopt.training._run import Run
+
+_log = logging.getLogger(__name__)
+_NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
+
+
+def logged(far_from_rest: bool, run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> bool:
+    """Logs the warnings that are due after a call of `num` steps, each at most once in a call of `fit`.
+
+    Args:
+      far_from_rest: whether the warning of an implicit rule far from rest was logged before.
+      run: the run after the call.
+      num: the number of steps of the call.
+      num_steps: the number of steps of the whole run.
+      hyperparams: the initial λ.
+
+    Returns:
+      Whether the warning of an implicit rule far from rest has been logged, now or before.
+    """
+    first = min(_NUM_FIRST, num_steps)
+    if run.step - num < first <= run.step:
+        _log_unmoved(run, hyperparams)
+    return far_from_rest or _logged_rest(run, num, num_steps)
+
+
+def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
+    """Logs the leaves of λ that no step has changed. A step with a non-finite hypergradient changes none."""
+    if not run.step or sum(run.history["skipped"]) == run.step:
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
+    pairs = zip(leaves, jax.tree.leaves(_processes.local(run.state.hyperparams)), strict=True)
+    unmoved = [path for (path, start), leaf in pairs if start.size and np.array_equal(start, leaf)]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams" for path in unmoved]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _log.warning(
+            f"After {run.step} steps, these entries of λ still have their initial values: "
+            f"{', '.join(names[:5])}{more}. Their hypergradient was zero, as if no loss, optimizer or initialization "
+            "reads them, or the outer optimizer did not move them. `hypergrad.check` names the entries on which the "
+            "outer loss does not depend."
+        )
+
+
+def _logged_rest(run: Run, num: int, num_steps: int) -> bool:
+    """Logs a warning if an implicit rule runs far from rest. It checks every 100 steps, and at the end.
+
+    Returns:
+      Whether it logged the warning.
+    """
+    if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
+        return False
+    with np.errstate(over="ignore"):  # a diverging loss
+        recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
+    sentences = _checks.far_from_rest(recent)
+    if sentences:
+        message = " ".join([*sentences, _checks.REST_ADVICE])
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
+    return bool(sentences)
