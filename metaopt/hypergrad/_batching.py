@@ -236,11 +236,12 @@ def _mean_over_tasks(sums: dict[str, Any], done: base.PyTree, hyperparams: base.
     count = sums["finite"]
     hypergrad = jax.tree.map(lambda x: x / count, sums["hypergrad"])
     spread = sums["squared_norm"] - count * optax.tree.norm(hypergrad, squared=True)
+    spread = jnp.where(count == 1, 0, jnp.maximum(spread, 0))  # rounding may give another number
     metrics = {
         **jax.tree.map(lambda x: x / count, sums["metrics"]),
         "num_tasks": sums["tasks"],
         "num_finite": count,
         "num_nonfinite": sums["tasks"] - count,
-        "hypergrad_variance": jnp.maximum(spread, 0) / jnp.maximum(count - 1, 1),  # rounding may give spread < 0
+        "hypergrad_variance": spread / jnp.maximum(count - 1, 1),
     }
     return base.Estimate(sums["value"] / count, _like(hypergrad, hyperparams), done, metrics)
