@@ -75,6 +75,6 @@ def wide(tree: base.PyTree) -> base.PyTree:
       tree: a tree of arrays.
 
     Returns:
-      The tree; arrays of float32 and float64 are kept.
+      The tree; arrays of float32 and float64 are kept, also weakly typed ones.
     """
-    return jax.tree.map(lambda x: x.astype(jnp.result_type(x, jnp.float32)), tree)
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
