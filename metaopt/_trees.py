@@ -66,3 +66,15 @@ def strong(tree: base.PyTree) -> base.PyTree:
         return leaf if is_key else jax.lax.convert_element_type(leaf, leaf.dtype)
 
     return jax.tree.map(strong_leaf, tree)
+
+
+def wide(tree: base.PyTree) -> base.PyTree:
+    """Casts to at least float32. In half precision, squares underflow, and long sums overflow or stop growing.
+
+    Args:
+      tree: a tree of arrays.
+
+    Returns:
+      The tree; arrays of float32 and float64 are kept, also weakly typed ones.
+    """
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

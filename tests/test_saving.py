@@ -171,6 +171,13 @@ def test_arrays_that_are_not_floating_point_need_a_template_of_their_type(saved,
         metaopt.load(tmp_path / "state.npz", like=like)
 
 
+def test_numbers_beyond_the_type_of_the_template_do_not_become_infinite(tmp_path):
+    metaopt.save(tmp_path / "state.npz", np.array([6e4, 7e4, np.inf], np.float32))
+    with pytest.raises(ValueError, match="leaf has numbers beyond float16"):
+        metaopt.load(tmp_path / "state.npz", like=jnp.zeros(3, jnp.float16))
+    assert metaopt.load(tmp_path / "state.npz", like=jnp.zeros(3, jnp.bfloat16))[2] == np.inf
+
+
 def test_integers_are_not_truncated(tmp_path):
     for number, fits in ((2**31 - 1, True), (2**31, False), (-(2**31) - 1, False)):
         metaopt.save(tmp_path / "count.npz", np.int64(number))

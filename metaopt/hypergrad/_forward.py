@@ -127,19 +127,20 @@ def forward(
             state, tangents, total = carry
             state, tangents = _advanced(loop, hyperparams, task.train, basis, state, tangents, chunk=chunk, grad=grad)
             if weight is not None:
-                total = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total, judge(state, tangents))
+                total = jax.tree.map(lambda t, x: t + weight.astype(t.dtype) * x, total, judge(state, tangents))
             return (state, tangents, total), None
 
         floats, linear, rest = jax.linearize(
             lambda hyperparams: _trees.split(loop.init(train_key, hyperparams, task.train)), hyperparams, has_aux=True
         )
         start = _trees.merge(floats, rest), _pushed(linear, basis, chunk=chunk)
-        total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(judge, *start))
+        shapes = jax.eval_shape(judge, *start)
+        total = _trees.wide(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
         xs = None if weights is None else jnp.asarray(weights)
         (state, tangents, total), _ = jax.lax.scan(step, (*start, total), xs, length=num_steps)
         if weights is None:
             total = jax.tree.map(lambda x: last_weight * x, judge(state, tangents))
-        value, hypergrad = total
+        value, hypergrad = jax.tree.map(lambda x, like: x.astype(like.dtype), total, shapes)
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key
 
     return base.Estimator(init, estimate, kind="exact")

@@ -53,7 +53,9 @@ def cross_entropy(outputs: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Arr
         )
     mask = jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (losses.ndim - mask.ndim)), losses.shape)
     losses = _nan_where(wrong & (mask > 0), losses)
-    return jnp.where(mask > 0, losses * mask, 0).sum() / mask.sum()
+    wide = jnp.promote_types(losses.dtype, jnp.float32)  # float16 ends at 65,504
+    total, count = (x.sum(dtype=wide) for x in (jnp.where(mask > 0, losses * mask, 0), mask))
+    return (total / count).astype(losses.dtype)
 
 
 def _nan_where(wrong: jax.Array, losses: jax.Array) -> jax.Array:

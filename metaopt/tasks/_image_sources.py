@@ -44,7 +44,7 @@ def from_image_folder(
 
     Raises:
       ValueError: if the folder does not exist or has no images.
-      ValueError: if an image cannot be read or has more than 2**26 pixels.
+      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits.
       ImportError: if Pillow is not installed.
     """
     folder = Path(folder)
@@ -73,10 +73,11 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
       channels: 1 for gray, or 3 for colors.
 
     Returns:
-      uint8 [N, S, S], or [N, S, S, 3].
+      uint8 [N, S, S], or [N, S, S, 3]. Transparent pixels become white, and gray of 16 bits is divided by 256.
 
     Raises:
-      ValueError: if `files` is one path or is empty, or an image cannot be read or has more than 2**26 pixels.
+      ValueError: if `files` is one path or is empty.
+      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits.
       ImportError: if Pillow is not installed.
     """
     if isinstance(files, str | os.PathLike):
@@ -109,7 +110,7 @@ def _pixels(pillow: Any, file: Any, size: int | None, channels: int, *, rotate: 
     with image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
-        return _resized(_upright(image, pillow.Transpose) if rotate else image, size, channels)
+        return _resized(pillow, _upright(image, pillow.Transpose) if rotate else image, size, channels)
 
 
 def _upright(image: Any, methods: Any) -> Any:
@@ -131,11 +132,30 @@ def _upright(image: Any, methods: Any) -> Any:
     return image.transpose(methods[names[turn]]) if turn in names else image
 
 
-def _resized(image: Any, size: int | None, channels: int) -> np.ndarray:
-    image = image.convert("L" if channels == 1 else "RGB")
+def _resized(pillow: Any, image: Any, size: int | None, channels: int) -> np.ndarray:
+    image = _opaque(pillow, _of_8_bits(pillow, image)).convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), resample=4)  # box: the mean over the area
     return np.asarray(image, np.uint8)
+
+
+def _of_8_bits(pillow: Any, image: Any) -> Any:
+    """Gray of 16 bits as 8 bits, which Pillow would clip at 255."""
+    if image.mode.startswith("I;16"):
+        return pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode!r}), whose range is not known. Save it with 8 or 16 bits"
+        )
+    return image
+
+
+def _opaque(pillow: Any, image: Any) -> Any:
+    """The image on a white ground. The colors behind transparent pixels are arbitrary, and often those of a drawing."""
+    if not image.mode.endswith("A") and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
 
 
 def from_tfds(
@@ -189,7 +209,7 @@ def from_tfds(
     x = [np.asarray(row[image]) for row in examples]
     if size is not None:
         pillow = _pillow("from_tfds")
-        x = [_resized(pillow.fromarray(one.squeeze()), size, channels) for one in x]
+        x = [_resized(pillow, pillow.fromarray(one.squeeze()), size, channels) for one in x]
     x = np.stack(x)
     x = x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
     y = np.array([int(row[label]) for row in examples])

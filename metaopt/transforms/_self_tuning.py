@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 from metaopt import _jaxpr, _trees, base
 from metaopt._jaxpr import Tracer
 from metaopt.transforms import _tuned_steps
-from metaopt.transforms._tuned_steps import SelfTuningState, Settings, cast_like, check_like, gradient, wide
+from metaopt.transforms._tuned_steps import SelfTuningState, Settings, cast_like, check_like, gradient
 
 
 def self_tuning(
@@ -270,8 +270,8 @@ def _update(
         _check_effect(settings, updates, state, params, extra_args)
         checked.add(structure)
     if settings.gap and valid_grad_fn is not None:
-        train_grads = wide(_trees.split(updates)[0])
-        grads = jax.tree.map(lambda v, g: v + settings.gap * (v - g), wide(grads), train_grads)
+        train_grads = _trees.wide(_trees.split(updates)[0])
+        grads = jax.tree.map(lambda v, g: v + settings.gap * (v - g), _trees.wide(grads), train_grads)
     if settings.mode == "reverse":
         signal = _tuned_steps.reverse_signal(settings, grads, state, extra_args)
     else:

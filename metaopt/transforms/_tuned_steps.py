@@ -77,7 +77,7 @@ def forward_signal(settings: Settings, grads: base.Params, state: SelfTuningStat
     derivatives, _ = state.last
     flat, unravel = ravel_pytree(state.hyperparams)
     # `axis_size` allows parameters that are an empty tree.
-    dots = jax.vmap(lambda z: optax.tree.vdot(wide(z), wide(grads)), axis_size=flat.size)(derivatives)
+    dots = jax.vmap(lambda z: optax.tree.vdot(_trees.wide(z), _trees.wide(grads)), axis_size=flat.size)(derivatives)
     signal = jnp.real(dots)
     if settings.rule in ("normalized", "cosine"):
         lengths = jax.vmap(norm, axis_size=flat.size)(derivatives)
@@ -138,7 +138,7 @@ def reverse_signal(
     last_updates, pullback = jax.vjp(last_update, state.hyperparams)
     if settings.rule == "normalized":  # before the products, which may over- or underflow in half precision
         length = norm(grads)
-        grads = jax.tree.map(lambda g: divided(g, length), wide(grads))
+        grads = jax.tree.map(lambda g: divided(g, length), _trees.wide(grads))
     # JAX's pullback belongs to u ↦ Re Σ g u, without a conjugate.
     (signal,) = pullback(cast_like(jax.tree.map(jnp.conj, grads), last_updates))
     if settings.rule != "additive":
@@ -195,14 +195,9 @@ def cast_like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype) if _trees.is_float(y) else x, new, old)
 
 
-def wide(tree: base.PyTree) -> base.PyTree:
-    """Casts to at least float32, since squares of half-precision gradients underflow."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-
 def norm(tree: base.PyTree) -> jax.Array:
     """The norm, with a derivative of zero at zero, since the last update is zero before the first step."""
-    square = optax.tree.norm(wide(tree), squared=True)
+    square = optax.tree.norm(_trees.wide(tree), squared=True)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 

@@ -88,6 +88,16 @@ def test_chunks_equal_one_vmap(task_chunk):
     assert {k: v.dtype for k, v in estimate.metrics.items()} == {k: v.dtype for k, v in expected.metrics.items()}
 
 
+@pytest.mark.parametrize(("dtype", "target", "task_chunk"), [(jnp.bfloat16, 1.0, 1), (jnp.float16, 1000.0, None)])
+@pytest.mark.once
+def test_means_in_half_precision_neither_stop_growing_nor_overflow(dtype, target, task_chunk):
+    # A sum in bfloat16 stays at 256 if ones are added, and a sum in float16 ends at 65,504.
+    estimator = hypergrad.over_tasks(hypergrad.direct(lambda hp, task, key: hp * task), task_chunk=task_chunk)
+    estimate, _ = run(estimator, jnp.full(1000, target, dtype), dtype(1.5))
+    assert (estimate.value, estimate.hypergrad) == (1.5 * target, target)
+    assert estimate.hypergrad.dtype == dtype
+
+
 @pytest.mark.once
 def test_a_ragged_tuple_equals_one_batch():
     tasks = linear_tasks()

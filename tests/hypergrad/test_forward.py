@@ -115,3 +115,11 @@ def test_float32_stays_float32():
     lam, task = jax.tree.map(lambda x: np.asarray(x, np.float32), (problems.LAM, problems.TASK))
     estimate, _ = jax.jit(hypergrad.forward(problems.RIDGE, num_steps=2, outer="mean").estimate)(lam, task, KEY)
     assert estimate.hypergrad["log_penalty"].dtype == estimate.value.dtype == np.float32
+
+
+def test_a_mean_of_losses_in_bfloat16_does_not_stop_growing():
+    loop = inner.loop(lambda params, hp, data: 0 * params, lambda hp: optax.sgd(0.1), init=lambda key, hp, data: hp)
+    problem = inner.problem(loop, lambda params, hp, batch: 1.5 * params)  # F(λ) = 1.5 λ
+    rule = hypergrad.forward(problem, num_steps=1000, outer="mean")
+    estimate, _ = jax.jit(rule.estimate)(jnp.bfloat16(2.0), problems.TASK, KEY)
+    chex.assert_trees_all_close((estimate.value, estimate.hypergrad), (3.0, 1.5), rtol=1e-2)

@@ -137,6 +137,35 @@ def test_images_with_damaged_camera_data_are_read(exif, tmp_path):
     np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=2)[0], pixels)
 
 
+SHAPE = np.pad(np.full((2, 2), 255, np.uint8), 1)  # the alpha channel of a square
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L"])
+def test_a_black_drawing_on_a_transparent_ground_is_black_on_white(mode, channels, tmp_path):
+    # All bands but alpha are zero, so that without it there is no drawing.
+    if mode.endswith("A"):
+        image, options = Image.fromarray(np.stack([*[0 * SHAPE] * (len(mode) - 1), SHAPE], -1)), {}
+    else:
+        image, options = Image.fromarray(np.where(SHAPE, 0, 7).astype(np.uint8)), {"transparency": 7}
+        image = image.convert("RGB").quantize() if mode == "P" else image
+        options = {"transparency": image.getpixel((0, 0))}
+    assert image.mode == mode
+    image.save(tmp_path / "a.png", **options)
+    pixels = tasks.read_images([tmp_path / "a.png"], size=4, channels=channels)[0]
+    np.testing.assert_array_equal(pixels.reshape(4, 4, channels), 255 - np.stack([SHAPE] * channels, -1))
+
+
+def test_gray_of_16_bits_keeps_its_contrast_and_32_bits_are_rejected(tmp_path):
+    pixels = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=4)[0], pixels)
+    for kind in (np.int32, np.float32):
+        Image.fromarray(pixels.astype(kind)).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=r"a\.tif is not an image .* its pixels are 32-bit numbers .mode '[IF]'."):
+            tasks.read_images([tmp_path / "a.tif"], size=4)
+
+
 class Builder:
     """What `from_tfds` asks of tfds."""
 
