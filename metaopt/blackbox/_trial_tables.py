@@ -286,7 +286,7 @@ def to_openml_evaluations(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 # Parts of the names of OpenML's measures for which smaller values are better.
-_LOSS = re.compile("error|loss|cost|time|memory|brier|deviance|variance|bias")
+_LOSS = re.compile("error|loss|cost|time|hours|memory|brier|devia|variance|bias")
 
 
 def _positions(values) -> dict[str, int]:

@@ -6,8 +6,7 @@ import numpy as np
 
 from metaopt.tasks._encoder import TableEncoder, fit_encoder
 from metaopt.tasks._labels import fit_labels
-
-LARGEST = 1e15  # larger numbers would overflow in squares
+from metaopt.tasks._scaled_columns import LARGEST
 
 
 class LabeledFrame(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 SCALINGS = ("quantile", "standard")
+LARGEST = 1e15  # larger numbers would overflow in squares
 
 
 class FittedColumns(NamedTuple):
@@ -50,12 +51,12 @@ class FittedColumns(NamedTuple):
           x: [n, d], the columns of `fit_columns` in the same order.
 
         Returns:
-          [n, D] float32. The encoding of a row does not depend on the other rows.
+          [n, D] float32. The encoding of a row does not depend on the other rows. Numbers beyond ±10¹⁵ count as these.
 
         Raises:
           ValueError: if `x` has another number of columns.
         """
-        columns = np.asarray(x).astype(np.float64).T
+        columns = _bounded(x)
         if columns.ndim != 2 or len(columns) != len(self.categorical):
             raise ValueError(f"`x` must be [rows, {len(self.categorical)}]; got shape {np.shape(x)}.")
         return _encoded(self, columns)[:, self.kept].astype(np.float32)
@@ -107,7 +108,7 @@ def fit_columns(
         raise ValueError(f"`max_levels` must be at least 2; got {max_levels}.")
     if max_features is not None and y is None:
         raise ValueError("`max_features` chooses columns by classes: pass them as `y`.")
-    columns = np.asarray(x).astype(np.float64).T
+    columns = _bounded(x)
     categorical = np.asarray(categorical, bool)
     parts = [
         _fit_levels(column, max_levels) if is_categorical else _fit_numbers(column, scaling)
@@ -133,6 +134,10 @@ def fit_columns(
         _log.info("%d of %d encoded columns are kept", max_features, kept.sum())
         kept = np.isin(np.arange(len(kept)), best)
     return fitted._replace(kept=kept)
+
+
+def _bounded(x: np.ndarray) -> np.ndarray:
+    return np.clip(np.asarray(x).astype(np.float64).T, -LARGEST, LARGEST)
 
 
 class _Statistics(NamedTuple):

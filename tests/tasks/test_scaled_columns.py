@@ -56,6 +56,17 @@ def test_new_levels_gaps_and_values_out_of_range():
     np.testing.assert_array_equal(gaps[3:], np.eye(16)[5])  # only the second category had gaps
 
 
+@pytest.mark.parametrize("scaling", ["quantile", "standard"])
+def test_huge_numbers_are_far_from_the_mean_in_training_and_new_rows(scaling):
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    x[0, 1] = 1e300  # its square overflows
+    fitted = tasks.fit_columns(x, np.zeros(2, bool), scaling=scaling)
+    new = fitted.transform(np.array([[1e300, 0.0], [-np.inf, 0.0], [0.0, 0.0]]))
+    assert new[0, 0] > 1.5 and new[1, 0] < -1.5 and abs(new[2, 0]) < 0.5
+    encoded = fitted.transform(x)
+    assert np.isfinite(encoded).all() and encoded[0, 1] == encoded[:, 1].max() > 1.5
+
+
 def test_the_columns_that_tell_the_classes_apart_are_kept():
     x = np.random.default_rng(0).normal(size=(90, 6))
     y = np.arange(90) % 3 * 2  # classes 1 and 3 have no rows
