@@ -1,5 +1,6 @@
 """A trained tabular network with the encoding of its table, which predicts new rows and is saved as one file."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class TabularModel(NamedTuple):
     `metaopt.save` writes it to one file. Another process, without the training rows, loads it and predicts new rows.
 
     Attributes:
-      params: θ, the result of `train`.
+      params: θ, the result of `train` with the task of this table, without padding.
       hyperparams: λ in natural units.
       encoder: how the columns of a frame become numbers, `PreparedTable.encoder`; None for a table without names.
       columns: how these numbers become inputs of the network, `PreparedTable.columns`.
@@ -53,7 +54,13 @@ class TabularModel(NamedTuple):
 
         Raises:
           ValueError: if a column is missing, or `rows` has another number of columns.
+          ValueError: if `rows` is a frame and there is no encoder: the model does not know the names of its columns.
         """
+        if self.encoder is None and (isinstance(rows, Mapping) or hasattr(rows, "columns")):
+            raise ValueError(
+                "The model has no `encoder`, so it cannot encode the frame `rows`. Pass [n, d] numbers in the order of "
+                "the training columns, or prepare the table from a frame: `tasks.prepare(frame, target)`."
+            )
         return np.exp(_log_probabilities(self, rows if self.encoder is None else self.encoder.transform(rows)))
 
     def predict(self, rows: Any) -> np.ndarray:

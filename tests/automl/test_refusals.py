@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 import metaopt
-from metaopt import automl
+from metaopt import automl, tasks
 
 QUICK = {"time_limit": None, "models": ("linear",), "preset": "instant", "n_jobs": 1, "verbose": False}
 
@@ -19,7 +19,14 @@ def fit_dates():
     return automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), pd.date_range("2020", periods=40))
 
 
+def predict_frame_without_encoder():
+    table = tasks.prepare(tasks.Table("t", "t", np.arange(40.0).reshape(20, 2), np.arange(20) % 2, np.zeros(2, bool)))
+    model = automl.TabularModel({}, {}, None, table.columns, table.classes)
+    model.predict({"b": [1.0], "a": [2.0]})
+
+
 REFUSALS = [
+    (predict_frame_without_encoder, "The model has no `encoder`, so it cannot encode the frame"),
     (lambda: fit({"preset": "large"}), "`preset` must be one of instant, balanced, best; got 'large'"),
     (lambda: fit({"eval_metric": "rmse"}), "`eval_metric` must be one of log_loss"),
     (lambda: fit({"models": ("svm",)}), "`models` may have network, linear"),
