@@ -5,7 +5,7 @@ import logging
 import jax
 import numpy as np
 
-from metaopt import _checks, base
+from metaopt import _checks, base, spaces
 from metaopt.training import _processes
 from metaopt.training._run import Run
 
@@ -36,6 +36,8 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
     """Logs the leaves of λ that no step has changed. A step with a non-finite hypergradient changes none."""
     if not run.step or sum(run.history["skipped"]) == run.step:
         return
+    # Without this, an array that is the whole λ would be called "coordinates".
+    hyperparams = hyperparams.coordinates if isinstance(hyperparams, spaces.Unconstrained) else hyperparams
     leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
     pairs = zip(leaves, jax.tree.leaves(_processes.local(run.state.hyperparams)), strict=True)
     unmoved = [path for (path, start), leaf in pairs if start.size and np.array_equal(start, leaf)]

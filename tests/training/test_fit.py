@@ -13,7 +13,7 @@ import optax
 import pytest
 import small_estimators as small
 
-from metaopt import base, hypergrad, training
+from metaopt import base, hypergrad, spaces, training
 from metaopt.training import _processes
 
 KEY = jax.random.key(0)
@@ -277,6 +277,17 @@ def test_an_entry_of_lambda_that_nothing_reads_is_reported_once(tmp_path, caplog
     assert num_reports(optax.sgd(0.1), 25, {"used": jnp.ones(2)}) == 0 and not caplog.text
     assert num_reports(optax.sgd(0.1), 12, checkpoint_dir=tmp_path) == 1
     assert num_reports(optax.sgd(0.1), 25, checkpoint_dir=tmp_path) == 0  # a continued run
+
+
+def test_a_single_array_that_nothing_reads_is_called_hyperparams(caplog):
+    def estimate(hyperparams, task, state):
+        return base.Estimate(jnp.sum(task), jax.tree.map(jnp.zeros_like, hyperparams), jnp.array(True), {}), state
+
+    rule = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    for start in (jnp.ones(2), spaces.Unconstrained(jnp.ones(2))):
+        caplog.clear()
+        fit(training.learner(rule, optax.sgd(0.1)), hyperparams=start, num_steps=1)
+        assert "initial values: hyperparams. " in caplog.text
 
 
 def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
