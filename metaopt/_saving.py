@@ -256,7 +256,7 @@ def _like(name: str, array: np.ndarray, template: Any, implementation: str | Non
         result = jnp.asarray(array, jnp.result_type(template))
         if array.dtype.kind in "iu" and (np.asarray(result) != array).any():
             raise ValueError(f"the array {name} has integers beyond {result.dtype}: enable `jax_enable_x64`")
-        if array.dtype.kind == "f" and (np.isfinite(array) & np.isinf(np.asarray(result, np.float64))).any():
+        if array.dtype.kind == "f" and (np.isfinite(array) & ~np.isfinite(np.asarray(result, np.float64))).any():
             raise ValueError(f"the array {name} has numbers beyond {result.dtype}, the type of `like`")
         return result
     data = jnp.asarray(array)

@@ -175,6 +175,8 @@ def test_numbers_beyond_the_type_of_the_template_do_not_become_infinite(tmp_path
     metaopt.save(tmp_path / "state.npz", np.array([6e4, 7e4, np.inf], np.float32))
     with pytest.raises(ValueError, match="leaf has numbers beyond float16"):
         metaopt.load(tmp_path / "state.npz", like=jnp.zeros(3, jnp.float16))
+    with pytest.raises(ValueError, match="leaf has numbers beyond float8_e4m3fn"):  # a type without infinity
+        metaopt.load(tmp_path / "state.npz", like=jnp.zeros(3, jnp.float8_e4m3fn))
     assert metaopt.load(tmp_path / "state.npz", like=jnp.zeros(3, jnp.bfloat16))[2] == np.inf
 
 
