@@ -142,7 +142,11 @@ def _resized(pillow: Any, image: Any, size: int | None, channels: int) -> np.nda
 def _of_8_bits(pillow: Any, image: Any) -> Any:
     """Gray of 16 bits as 8 bits, which Pillow would clip at 255."""
     if image.mode.startswith("I;16"):
-        return pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.asarray(image)
+        gray = pillow.fromarray((pixels >> 8).astype(np.uint8))
+        if "transparency" in image.info:  # one of the 65,536 grays
+            gray.putalpha(pillow.fromarray(np.where(pixels == image.info["transparency"], 0, 255).astype(np.uint8)))
+        return gray
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are 32-bit numbers (mode {image.mode!r}), whose range is not known. Save it with 8 or 16 bits"
@@ -194,7 +198,7 @@ def from_tfds(
       ImportError: if tensorflow-datasets or array_record is not installed.
       KeyError: if the data set lacks one of these features.
       ValueError: if examples of one class are of several superclasses.
-      ValueError: if images differ in shape and no `size` is given.
+      ValueError: if images differ in shape and no `size` is given, or have pixels of 32 bits and a `size` is given.
     """
     tfds = _extras.require("tensorflow_datasets", "episodes", "`from_tfds`")
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -51,7 +51,7 @@ class FittedColumns(NamedTuple):
           x: [n, d], the columns of `fit_columns` in the same order.
 
         Returns:
-          [n, D] float32. The encoding of a row does not depend on the other rows. Numbers beyond ±10¹⁵ count as these.
+          [n, D] float32. The encoding of a row does not depend on the other rows. Numbers beyond ±10¹⁵ count as ±10¹⁵.
 
         Raises:
           ValueError: if `x` has another number of columns.

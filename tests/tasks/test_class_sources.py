@@ -160,6 +160,9 @@ def test_gray_of_16_bits_keeps_its_contrast_and_32_bits_are_rejected(tmp_path):
     pixels = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "a.png")
     np.testing.assert_array_equal(tasks.read_images([tmp_path / "a.png"], size=4)[0], pixels)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "a.png", transparency=16 * 257)
+    clear = tasks.read_images([tmp_path / "a.png"], size=4)[0]  # the second pixel is transparent
+    np.testing.assert_array_equal(clear, np.where(pixels == 16, 255, pixels))
     for kind in (np.int32, np.float32):
         Image.fromarray(pixels.astype(kind)).save(tmp_path / "a.tif")
         with pytest.raises(ValueError, match=r"a\.tif is not an image .* its pixels are 32-bit numbers .mode '[IF]'."):
