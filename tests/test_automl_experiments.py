@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,6 +83,27 @@ def test_an_ablation_lacks_one_part(is_class, monkeypatch):
     assert same == whole and without_g == default and [seen[name][0] for name in seen].count(None) == 3
     assert no_network == whole - {"network"} and "network" in whole
     assert no_trees == {"network", "linear"} | ({"gaussian_process"} & whole) and len(no_trees) == 3 - is_class
+
+
+def test_seconds_of_instant_are_measured_without_and_then_with_the_programs_of_the_same_table(monkeypatch):
+    num_files, num_cleared, former = [], [], jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def auto(split, seed, args, preset):
+        num_files.append(len(os.listdir(jax.config.jax_compilation_cache_dir)))
+        jax.jit(lambda x: x + 1.5)(np.ones(3))
+        return None, {"fit": 10.0 ** len(num_files)}
+
+    monkeypatch.setattr(tables, "auto", auto)
+    monkeypatch.setattr(jax, "clear_caches", lambda: num_cleared.append(1))
+    split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
+    try:
+        text = tables.instant_seconds([split, split], SimpleNamespace(seed=0))
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    assert [num > 0 for num in num_files] == [False, True, False, True] and len(num_cleared) == 4
+    assert [row[1] for row in cells(text)[2:]] == ["505.0", "5050.0"]
+    assert jax.config.jax_compilation_cache_dir == former
 
 
 @pytest.mark.parametrize("is_class", [True, False])

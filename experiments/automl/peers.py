@@ -84,7 +84,9 @@ METHODS = {"autogluon": autogluon, "flaml": flaml, "catboost": catboost}
 
 
 def label_of(name: str, args) -> str:
-    return {"autogluon": f"AutoGluon {args.preset}", "flaml": "FLAML", "catboost": "CatBoost defaults"}[name]
+    """The name of a method in the table; the limit of seconds is part of it, if the method has one."""
+    limited = {"autogluon": f"AutoGluon {args.preset}", "flaml": "FLAML"}
+    return f"{limited[name]}, {args.time:g} s" if name in limited else "CatBoost defaults"
 
 
 def main() -> None:
@@ -103,7 +105,7 @@ def main() -> None:
         columns = frame(x, categorical)
         for name in args.methods:
             label = label_of(name, args)
-            result_file = args.folder / f"{path.stem}, {label}, {args.time:g} s.json"
+            result_file = args.folder / f"{path.stem}, {label}.json"
             if result_file.is_file():
                 continue
             with warnings.catch_warnings():

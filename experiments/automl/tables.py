@@ -15,7 +15,6 @@ tables of the folder that the environment variable METAOPT_DATA names.
 
 import functools
 import importlib.util
-import itertools
 import json
 import tempfile
 import time
@@ -34,7 +33,7 @@ from experiments import script
 from experiments.data import from_data_folder, regression_tables
 from metaopt import automl, spaces, tasks
 from metaopt.automl import _network_folds
-from metaopt.training import report_progress
+from metaopt.training import _cache, report_progress
 
 FAMILIES = Path(__file__).with_name("families.json")
 LOWEST = 1e-4  # a probability in a log loss, for all methods
@@ -198,14 +197,15 @@ def constant(split: Split, seed: int, args):
 def instant_seconds(splits: list[Split], args) -> str:
     """Seconds of `instant` on each table, twice: the second time, JAX finds the compiled programs of the first one."""
     seconds: dict[str, list[float]] = {"without compiled programs": [], "with compiled programs": []}
-    progress = report_progress(2 * len(splits), None, "{table}", table="")
-    with tempfile.TemporaryDirectory() as folder, progress as report:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        for number, (values, split) in enumerate(itertools.product(seconds.values(), splits)):
-            jax.clear_caches()  # of this process; those of the folder stay
-            values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
-            report(number + 1, table=split.table.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    with report_progress(2 * len(splits), None, "{table}", table="") as report:
+        for number, split in enumerate(splits):
+            # A folder for each table, since other tables may need some of the same programs.
+            with tempfile.TemporaryDirectory() as folder, _cache.compilation_cache(folder):
+                for count, values in enumerate(seconds.values()):
+                    jax.clear_caches()  # of this process; those of the folder stay
+                    values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
+                    report(2 * number + count + 1, table=split.table.name)
     rows = [
         [name, *(f"{value:.1f}" for value in (np.mean(values), np.median(values), max(values)))]
         for name, values in seconds.items()
