@@ -951,6 +951,17 @@ def test_methods_that_miss_the_aims_of_few_shot_learning_are_listed():
     assert sentence.endswith(": MAML (va).")
 
 
+def test_the_baseline_with_a_slope_continues_straight_courses_of_patients():
+    rng = np.random.default_rng(0)
+    user, day = np.repeat(np.arange(12), 9), np.tile(np.arange(9) * 4.0, 12)
+    start, slope = rng.uniform(10, 30, 12), rng.normal(size=12)
+    x = np.stack([rng.uniform(50, 80, 12)[user], user % 2, day], axis=1)  # age, sex, day
+    table = tasks.from_user_records(x, start[user] + slope[user] * day, user, time=day)
+    errors = personalization.parkinsons(table, 5, 1, personalization.SMOKE, 0)
+    np.testing.assert_allclose(errors["the last value and slope"], 0, atol=1e-3)
+    np.testing.assert_allclose(errors["the last value"][0], 10 * np.abs(slope), rtol=1e-3)  # 4, 8, 12 and 16 days later
+
+
 def test_trainings_of_omniglot_are_joined_after_the_steps_of_each():
     rng = np.random.default_rng(0)
     scores = {
