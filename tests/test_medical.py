@@ -254,13 +254,13 @@ def courses():
 
 
 def test_recordings_become_the_courses_of_patients():
-    days = {"b": [1, 2, 3, 70, 80, 90, 95], "a": [0, 5, 10, 20, 30, 40]}
+    days = {"b": [1, 2, 65, 70, 80, 90, 95, 99], "a": [0, 5, 10, 20, 30, 40]}
     rows = [(name, day, 10.0 * day, {"a": 60, "b": 70}[name], name == "b") for name, own in days.items() for day in own]
     columns = np.array(rows, object)[np.random.default_rng(0).permutation(len(rows))].T
     made = parkinsons.courses_of(*columns)
-    np.testing.assert_array_equal(made.day, [[0, 5, 10, 20, 30, 40, 40], days["b"]])
+    np.testing.assert_array_equal(made.day, [[0, 5, 10, 20, 30, 40, 40, 40], days["b"]])
     np.testing.assert_array_equal(made.score, 10 * made.day)
-    assert made.number.tolist() == [6, 7] and made.starts.tolist() == [1, 2]
+    assert made.number.tolist() == [6, 8] and made.starts.tolist() == [1, 2]  # day 65 is too late for a window
     assert made.age.tolist() == [60, 70] and made.sex.tolist() == [0, 1]
     with pytest.raises(ValueError, match="at least 6 recordings; one has 5"):
         parkinsons.courses_of(*columns[:, columns[1] != 40])

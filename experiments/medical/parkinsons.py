@@ -47,7 +47,7 @@ SHOTS = 5
 NUM_FOLDS = 6
 NUM_FEATURES = 6
 NUM_RESAMPLES = 200  # of the patients
-WINDOW_DAYS = 60.0  # windows of training begin before this day
+WINDOW_DAYS = 60.0  # windows of training begin by this day
 SPAN_DAYS = 3.0  # shorter spans give no slope
 VARIANTS = ((0, 0.01), (0, 1.0), (8, 1.0))  # tanh units, weight decay
 CONSTANT = (0, 0.01)  # of "one λ"
@@ -97,7 +97,7 @@ def courses_of(patient: np.ndarray, day: np.ndarray, score: np.ndarray, age: np.
 
     Args:
       patient: [N], numbers or names.
-      day: [N], since the patient's first visit. Training windows begin before day 60.
+      day: [N], days since the patient's first visit. Training windows begin by day 60.
       score, age, sex: [N]; age and sex are read from the first recording.
 
     Raises:
