@@ -186,6 +186,8 @@ def trial(env: environments.Environment) -> environments.Environment:
 def initial_weights(key: jax.Array, env: environments.Environment, settings: Settings) -> dict[str, jax.Array]:
     hidden, keys = settings.hidden, jax.random.split(key, 3)
     observation = jax.eval_shape(env.reset, key, env.params)[0]
+    if settings.shared and observation.size != env.num_actions + 2:
+        raise ValueError("Units that share weights need the observation of a bandit: pass `shared=False`.")
     num_inputs = (3 if settings.shared else observation.size) + 2 * hidden
     outputs = 1 if settings.shared else env.num_actions
     return {

@@ -99,6 +99,7 @@ def decode_labels(labels: dict[str, Any]) -> np.ndarray:
 
 
 def _encode(model: TabularModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check(model)
     header = {
         "encoder": None if model.encoder is None else model.encoder.state(),
         "classes": encode_labels(model.classes),
@@ -121,7 +122,7 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> TabularModel:
 
 
 def _check(model: TabularModel) -> None:
-    """Raises ValueError unless the parts of a loaded model fit each other. It predicts two rows."""
+    """Raises ValueError unless the parts of a model fit each other. It predicts two rows."""
     num_columns = len(model.columns.categorical)
     if model.encoder is not None and len(model.encoder.names) != num_columns:
         raise ValueError(f"its encoder has {len(model.encoder.names)} columns, and its network {num_columns}")

@@ -131,7 +131,8 @@ def collect(
       did not begin within the budget have no record.
 
     Raises:
-      KeyboardInterrupt: if SIGINT (Ctrl-C) arrived. The store has all trials that ended before.
+      KeyboardInterrupt: if SIGINT (Ctrl-C) arrived. The store has all trials that were written before. Without a
+        store, the records are lost.
       ValueError: if an argument is invalid.
       ValueError: if the store has this study from another space, searcher or key, or another collection of it is
         running.
@@ -187,8 +188,8 @@ def _interrupted(store: Any) -> str:
     if store is None:
         return "Ctrl-C ended the collection. Its records are lost, because it has no `store`."
     return (
-        f"Ctrl-C ended the collection. {os.fspath(store)} has all trials that ended before: the same call continues "
-        "from there."
+        f"Ctrl-C ended the collection. {os.fspath(store)} has all trials that were written before: the same call "
+        "continues from there."
     )
 
 

@@ -34,6 +34,9 @@ def test_a_loaded_model_predicts_new_rows_as_the_network_and_the_prepared_table(
     assert set(model.predict(frame)) == {"big", "small"} and expected.std(axis=0).min() > 0.01
     with pytest.raises(ValueError, match="color"):
         model.predict({"size": [0.1], "sold": ["2025-01-01"]})
+    with pytest.raises(ValueError, match="one for each row and class|do not fit each other"):
+        metaopt.save(tmp_path / "other.npz", saved._replace(classes=np.array(["big", "middle", "small"], object)))
+    assert not (tmp_path / "other.npz").exists()
 
 
 def test_a_table_without_names_takes_numbers(tmp_path):

@@ -656,7 +656,9 @@ def test_ctrl_c_says_what_remains_and_how_to_continue(tmp_path, stored):
         return black_boxes.pure(trial, task)
 
     expected = (
-        f"{store} has all trials that ended before: the same call continues" if stored else "Its records are lost"
+        f"{store} has all trials that were written before: the same call continues"
+        if stored
+        else "Its records are lost"
     )
     with pytest.raises(KeyboardInterrupt) as caught:
         collect(objective, on={"left": -0.5}, store=store)

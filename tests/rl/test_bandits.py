@@ -115,6 +115,11 @@ def test_the_episodes_of_a_trial_have_one_task_and_the_observation_shows_what_ha
     assert num_ended >= 3  # an episode has four steps at most
 
 
+def test_units_that_share_weights_take_bandits_only():
+    with pytest.raises(ValueError, match="shared=False"):
+        bandits.initial_weights(jax.random.key(0), bandits.trial(environments.maze()), bandits.Settings())
+
+
 def test_a_single_unit_learns_a_task_that_its_first_episode_shows():
     """The goal is left or right of the start. An episode ends after one move, so the second move knows the goal."""
 
