@@ -41,6 +41,8 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(hyperparams)
     pairs = zip(leaves, jax.tree.leaves(_processes.local(run.state.hyperparams)), strict=True)
     unmoved = [path for (path, start), leaf in pairs if start.size and np.array_equal(start, leaf)]
+    if len(unmoved) == len(leaves) and max(run.history["hypergrad_norm"]) > 0:
+        return  # the outer optimizer moves nothing, as in a control
     names = [jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams" for path in unmoved]
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""

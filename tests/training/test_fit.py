@@ -275,6 +275,7 @@ def test_an_entry_of_lambda_that_nothing_reads_is_reported_once(tmp_path, caplog
     assert [num_reports(optax.adam(0.1), num_steps) for num_steps in (0, 1, 3, 10, 25)] == [0, 1, 1, 1, 1]
     assert num_reports(optax.MultiSteps(optax.sgd(0.1), 4), 25) == 1  # the other one moves in the fourth step
     assert num_reports(optax.sgd(0.1), 25, {"used": jnp.ones(2)}) == 0 and not caplog.text
+    assert num_reports(optax.set_to_zero(), 25) == 0 and not caplog.text  # a control that keeps λ
     assert num_reports(optax.sgd(0.1), 12, checkpoint_dir=tmp_path) == 1
     assert num_reports(optax.sgd(0.1), 25, checkpoint_dir=tmp_path) == 0  # a continued run
 

@@ -75,7 +75,7 @@ def train_loop(
     result = training.fit(
         training.learner(_plain_training(loop, init_key), optax.set_to_zero()),
         lambda key: {"data": data, "hyperparams": hyperparams},
-        hyperparams=jnp.zeros(()),
+        hyperparams=jnp.zeros(0),  # none
         num_steps=num_steps,
         key=fit_key,
         callback=watch,
