@@ -120,13 +120,51 @@ def test_catboost_gets_gaps_and_categories(is_class):
     assert np.mean((predicted - y[70:]) ** 2) < 0.3 * y.var()
 
 
+def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
+    limits = []
+
+    class Stop(Exception):
+        pass
+
+    def estimator(time_limit, **options):
+        limits.append(time_limit)
+        raise Stop
+
+    monkeypatch.setattr(automl, "AutoClassifier", estimator)
+    args = SimpleNamespace(ablations=False, peers=None, time=60.0, longer=240.0)
+    split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
+    chosen = tables.methods(args)
+    for name in ("metaopt", "metaopt, 240 s", "metaopt instant"):
+        with pytest.raises(Stop):
+            chosen[name](split, 0, args)
+    assert limits == [60.0, 240.0, 60.0]
+
+
+def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_method(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    splits = [tables.Split(table_of(np.arange(8) % 2), k < 3, np.arange(1), np.arange(1)) for k in range(5)]
+    losses = {"metaopt": [0.2, 0.3, 0.5, 0.7, 0.1], "other": [0.4, 0.2, 0.8, 0.9, 0.6], "class shares or mean": [1] * 5}
+    results = {name: [{"loss": value} for value in values] for name, values in losses.items()}
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    tables.plot_differences(splits, results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").is_file()
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["other"]
+    for axis, mean, ends in zip(figures[0].axes, (0.4 / 3, 0.35), ((-0.1, 0.3), (0.2, 0.5)), strict=True):
+        assert axis.containers[0].lines[0].get_xdata()[0] == pytest.approx(mean)
+        low, high = axis.containers[0].lines[2][0].get_segments()[0][:, 0]
+        assert ends[0] <= low + 1e-9 and low < mean < high and high <= ends[1] + 1e-9
+    monkeypatch.undo()
+    pyplot.close(figures[0])
+
+
 def test_pages_of_development_families_and_ablations_have_their_own_names():
     names = {
-        tables.result_name(SimpleNamespace(ablations=ablations, development=development))
-        for ablations in (True, False)
+        tables.result_name(SimpleNamespace(ablations=ablations, fifteen=fifteen, development=development))
+        for ablations, fifteen in ((True, False), (False, True), (False, False))
         for development in (True, False)
     }
-    assert len(names) == 4 and "automl_tables" in names
+    assert len(names) == 6 and "automl_tables" in names
 
 
 def test_a_table_of_losses_has_differences_to_metaopt_and_ranks_over_both_problems():

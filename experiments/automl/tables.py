@@ -6,7 +6,8 @@ families of `families.json` are for judging: they were fixed before the first ru
 
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
-    python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on 15 of the tables
+    python experiments/automl/tables.py --fifteen        # on 15 of the tables, for methods that take long
+    python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on these 15
     python experiments/automl/tables.py --instant        # only the seconds of `instant`, without and with compilation
 
 A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
@@ -71,7 +72,7 @@ def load(args) -> list[Split]:
     splits = [chosen[family] for family in sorted(chosen)]
     if args.smoke:
         return splits[:: max(1, len(splits) // 2)][:2]
-    if args.ablations:  # fifteen, evenly from the sorted families
+    if args.ablations or args.fifteen:  # evenly from the sorted families
         splits = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, 15).round().astype(int))]
     return splits[: args.tables]
 
@@ -89,9 +90,11 @@ def _split(table: tasks.Table, is_class: bool, seed: int) -> Split:
 # --- methods: `(split, seed, args) -> (predictions, details)` ---
 
 
-def auto(split: Split, seed: int, args, **options: Any):
+def auto(split: Split, seed: int, args, limit: float | None = None, **options: Any):
+    """The estimator with a limit of seconds, by default that of `--time`."""
+    limit = args.time if limit is None else limit
     kind = automl.AutoClassifier if split.is_class else automl.AutoRegressor
-    model: Any = kind(time_limit=args.time, random_state=seed, verbose=False, **options)
+    model: Any = kind(time_limit=limit, random_state=seed, verbose=False, **options)
     frame, y = split.frame(), split.table.y
     start = time.perf_counter()
     model.fit(frame.iloc[split.train], y[split.train])
@@ -100,6 +103,7 @@ def auto(split: Split, seed: int, args, **options: Any):
     predicted = model.predict_proba(test) if split.is_class else model.predict(test)
     details = {
         "fit": fitted - start,
+        "limit": limit,
         "predict": time.perf_counter() - fitted,
         "estimate": -model.score_ * (1 if split.is_class else model.scale_),
         "weights": {row.model: row.weight for row in model.leaderboard_.itertuples() if row.weight},
@@ -245,6 +249,8 @@ def methods(args) -> dict[str, Callable]:
     }
     if args.ablations:
         return {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
+    if args.longer is not None:
+        chosen[f"metaopt, {args.longer:g} s"] = functools.partial(auto, limit=args.longer)
     if args.peers is not None:
         labels = sorted({file.stem.split(", ", 1)[1] for file in args.peers.glob("*.json")})
         chosen |= {label: peer(label, args.peers) for label in labels}
@@ -334,27 +340,60 @@ def plot(splits: list[Split], results: dict[str, list[dict]], path: Path) -> Non
     pyplot.close(figure)
 
 
+def plot_differences(splits: list[Split], results: dict[str, list[dict]], path: Path) -> None:
+    """Each method is a point with an interval: its mean loss minus that of metaopt; metaopt is better on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    others = [name for name in results if name not in ("metaopt", "class shares or mean")]
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 1.2 + 0.25 * len(others)), layout="constrained", sharey=True)
+    for axis, is_class in zip(axes, (True, False), strict=True):
+        rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
+        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in ("metaopt", *others)}
+        for number, name in enumerate(others):
+            mean, low, high = _mean_and_bounds(losses[name] - losses["metaopt"])
+            axis.errorbar(mean, number, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{number}", markersize=5)
+        axis.axvline(0, color="0.6", linewidth=1)
+        kind = "log loss" if is_class else "RMSE / deviation"
+        axis.set(xlabel=f"test {kind} minus that of metaopt", yticks=range(len(others)), yticklabels=others)
+        axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def _ranks(losses: np.ndarray) -> np.ndarray:
     return np.array([pd.Series(column).rank().to_numpy() for column in losses.T]).T
 
 
-def _interval(difference: np.ndarray, digits: int = 4, num: int = 4000) -> str:
-    """The mean with a bootstrap interval over families, each of which has one table; negative is better."""
+def _mean_and_bounds(values: np.ndarray, num: int = 4000) -> tuple[float, float, float]:
+    """The mean and the ends of its 95 % bootstrap interval over families, each of which has one table."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(num, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def _interval(difference: np.ndarray, digits: int = 4) -> str:
+    """The mean with its interval, and how often the difference is negative, which is better."""
     if not difference.any():
         return ""
-    rng = np.random.default_rng(0)
-    means = difference[rng.integers(len(difference), size=(num, len(difference)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    mean, lowest, highest = (f"{value:+.{digits}f}" for value in (difference.mean(), low, high))
+    mean, lowest, highest = (f"{value:+.{digits}f}" for value in _mean_and_bounds(difference))
     return f"{mean} [{lowest}, {highest}], better on {np.mean(difference < 0):.0%}"
 
 
 def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
-    parser.add_argument("--ablations", action="store_true", help="add the estimator without some of its models")
+    parser.add_argument("--fifteen", action="store_true", help="only fifteen of the tables")
+    parser.add_argument(
+        "--ablations", action="store_true", help="the estimator without one of its parts, on the fifteen"
+    )
     parser.add_argument("--instant", action="store_true", help="only the seconds of `instant`")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
+    parser.add_argument("--longer", type=float, default=None, help="add metaopt with this limit of seconds")
     parser.add_argument("--tables", type=int, default=None, help="only the first ones")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the models")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the results of finished tables")
@@ -379,17 +418,19 @@ def main() -> None:
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
     for name in dict.fromkeys(also for result in results["metaopt"] for also in result.get("also", ())):
         results[name] = [_also(result, name) for result in results["metaopt"]]
-    late = [r["fit"] / args.time - 1 for n, values in results.items() if n.startswith("metaopt") for r in values]
+    late = [r["fit"] / r["limit"] - 1 for values in results.values() for r in values if "limit" in r]
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
     families, name = "development families" if args.development else "new families", result_name(args)
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
-    if not args.smoke and not args.ablations:
-        plot(splits, results, args.out / f"{name}.png")
+    if not args.smoke:
+        draw = plot_differences if args.ablations or args.fifteen else plot
+        draw(splits, results, args.out / f"{name}.png")
 
 
 def result_name(args) -> str:
     """Returns the name of the page; development families have a separate one."""
-    return ("automl_ablations" if args.ablations else "automl_tables") + ("_development" if args.development else "")
+    name = "automl_ablations" if args.ablations else "automl_fifteen" if args.fifteen else "automl_tables"
+    return name + ("_development" if args.development else "")
 
 
 def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
