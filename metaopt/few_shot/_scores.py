@@ -64,7 +64,7 @@ def _like(outputs: jax.Array, y: jax.Array) -> jax.Array:
         raise ValueError(
             f"The method's outputs must have the shape of the labels, {y.shape}, after each step; got {outputs.shape}."
         )
-    return outputs
+    return jnp.asarray(outputs, jnp.result_type(outputs, y, float))  # a difference of unsigned integers would wrap
 
 
 def _masked_mean(errors: jax.Array, mask: jax.Array) -> jax.Array:

@@ -35,7 +35,8 @@ def knot_schedule(
       num_steps: places K knots at equal distances, the first at step 0 and the last at step `num_steps`. Steps count
         from 0, so a training run of `num_steps` steps does not take this last step. This is so in the other schedules,
         too.
-      knots: replaces `num_steps`: [K], the steps that the values belong to, increasing.
+      knots: replaces `num_steps`: [K], the steps that the values belong to, increasing. The order of traced knots is
+        not checked.
       monotone: None, "increasing" or "decreasing".
 
     Returns:
@@ -43,7 +44,7 @@ def knot_schedule(
 
     Raises:
       KeyError: if `monotone` is another value.
-      ValueError: if both `num_steps` and `knots` are given or neither is, or `num_steps < 1`.
+      ValueError: if both `num_steps` and `knots` are given or neither is, `num_steps < 1`, or knots decrease.
 
     >>> import jax.numpy as jnp
     >>> from metaopt import transforms
@@ -55,6 +56,9 @@ def knot_schedule(
         raise ValueError("`knot_schedule` needs either `num_steps` or `knots`.")
     if num_steps is not None and num_steps < 1:  # the knots would not increase
         raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    steps = [] if knots is None else jax.tree.leaves(knots)
+    if not any(isinstance(x, Tracer) for x in steps) and np.any(np.diff(np.ravel(np.asarray(steps, float))) < 0):
+        raise ValueError(f"`knots` must be steps in increasing order, each with the value at its place; got {knots}.")
     # Half precision cannot represent step numbers.
     values = jnp.asarray(values)
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
@@ -116,7 +120,11 @@ def cosine_schedule(
 
     Returns:
       A schedule, differentiable in all five numbers.
+
+    Raises:
+      ValueError: if the warmup is longer than `num_steps` and neither is traced.
     """
+    _check_lengths(warmup_steps, 0, num_steps)
 
     def schedule(step):
         done = _ramp(step, warmup_steps, num_steps)
@@ -166,13 +174,8 @@ def wsd_schedule(
     Source: Hu et al., COLM 2024, https://arxiv.org/abs/2404.06395; "sqrt": Hägele et al., NeurIPS 2024,
       https://arxiv.org/abs/2405.18392
     """
-    shape, lengths = _DECAYS[decay], (warmup_steps, decay_steps, num_steps)
-    if not any(isinstance(x, Tracer) for x in lengths):
-        warmup, last, total = (np.asarray(x, float) for x in lengths)
-        if np.any(warmup + last > total * (1 + 1e-6)):  # lengths computed as shares of the whole are rounded
-            raise ValueError(
-                f"`warmup_steps` and `decay_steps` must fit into `num_steps`; got {warmup} + {last} of {total}."
-            )
+    shape = _DECAYS[decay]
+    _check_lengths(warmup_steps, decay_steps, num_steps)
 
     def schedule(step):
         left = shape(_ramp(step, _wide(num_steps) - decay_steps, num_steps))
@@ -180,6 +183,17 @@ def wsd_schedule(
         return _warmed_up(step, warmup_steps, init_value, peak_value, decayed)
 
     return schedule
+
+
+def _check_lengths(*lengths):
+    """Raises ValueError if warmup and decay, the first two lengths, do not fit into the third; not if one is traced."""
+    if any(isinstance(x, Tracer) for x in lengths):
+        return
+    warmup, decay, total = (np.asarray(x, float) for x in lengths)
+    if np.any(warmup + decay > total * (1 + 1e-6)):  # lengths computed as shares of the whole are rounded
+        names = "`warmup_steps` and `decay_steps`" if np.any(decay) else "`warmup_steps`"
+        got = f"{warmup} + {decay}" if np.any(decay) else str(warmup)
+        raise ValueError(f"{names} must fit into `num_steps`; got {got} of {total}.")
 
 
 def _warmed_up(step, warmup_steps, init_value, peak_value, later):

@@ -1,7 +1,8 @@
-"""The accuracy, by hand."""
+"""The scores, by hand."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from metaopt import few_shot
 
@@ -14,3 +15,9 @@ def test_accuracy_is_the_share_of_real_examples_whose_class_is_largest_in_the_ep
         "class_mask": jnp.array([1.0, 1.0, 0.0]),  # the episode lacks the third class
     }
     assert few_shot.accuracy(outputs, query) == 2 / 4  # right, right, wrong, not a number, padding
+
+
+@pytest.mark.parametrize("score, wanted", [(few_shot.mean_squared_error, 5.0), (few_shot.mean_absolute_error, 2.0)])
+def test_errors_of_unsigned_integers_do_not_wrap(score, wanted):
+    outputs, y = jnp.array([1, 3, 9], jnp.uint8), jnp.array([2, 0, 9], jnp.uint8)  # 1 - 2 is 255 in 8 bits
+    assert float(score(outputs, {"y": y, "mask": jnp.array([1.0, 1.0, 0.0])})) == pytest.approx(wanted)

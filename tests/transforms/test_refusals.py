@@ -92,6 +92,12 @@ REFUSED = [
     ),
     (lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS), "pytree structure error"),
     (lambda: transforms.knot_schedule([0.1, 0.2]), "either `num_steps` or `knots`"),
+    (lambda: transforms.knot_schedule([0.1, 0.2, 0.3], knots=[10, 0, 5]), "`knots` must be steps in increasing order"),
+    (lambda: transforms.knot_schedule([0.1, 0.2], knots=jnp.array([5.0, 0.0])), "`knots` must be steps in increasing"),
+    (
+        lambda: transforms.cosine_schedule(0.1, num_steps=5, warmup_steps=10),
+        r"`warmup_steps` must fit into `num_steps`; got 10.0 of 5.0",
+    ),
     *(
         (lambda num=num: transforms.knot_schedule([0.1, 0.2], num_steps=num), "`num_steps` must be at least 1; got")
         for num in (0, -1)
