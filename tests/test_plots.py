@@ -119,6 +119,21 @@ def test_a_method_that_diverges_is_drawn_without_its_points(value):
     assert np.isnan(points[0]) and len(points) == 2
 
 
+def test_the_rows_of_one_source_have_its_order():
+    # "a" is the best on v and the worst on the two other sources
+    means = {
+        "a": {"u": 0.1, "v": 0.9, "w": 0.1},
+        "b": {"u": 0.8, "v": 0.5, "w": 0.8},
+        "c": {"u": 0.4, "v": 0.1, "w": 0.4},
+    }
+    scores = {method: {name: np.full((4, 1), x) for name, x in of.items()} for method, of in means.items()}
+    ways = dict.fromkeys(("u", "v", "w"), np.full(4, 5.0))
+    three = EVALUATION._replace(scores=scores, num_ways=ways, transductive=dict.fromkeys(means, False))
+    labels = lambda axes: [tick.get_text() for tick in axes.get_yticklabels()]
+    assert labels(plots.ranking(three, source="v")) == ["a", "b", "c"]
+    assert labels(plots.ranking(three))[0] == "b"
+
+
 def test_a_method_without_a_finite_score_is_drawn_as_diverging():
     (text,) = plots.comparison({"a": [np.nan], "b": [1.0, 2.0]}).texts
     assert text.get_text() == "diverges"

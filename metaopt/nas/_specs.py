@@ -164,7 +164,8 @@ def check_network(network: Network) -> None:
       network: a spec.
 
     Raises:
-      ValueError: if an edge goes backwards or to an input, if a cell has no output, or if a kind has no layer.
+      ValueError: if an edge goes backwards or to an input, if two edges join the same nodes, if a cell has no output,
+        or if a kind has no layer.
       ValueError: if `keep` is not a valid value, or if edges have different numbers of candidates.
     """
     is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
@@ -190,6 +191,11 @@ def check_network(network: Network) -> None:
                     f"Every edge of the cell {kind!r} must have a tuple of candidates, the same number on all edges; "
                     f"{edge.source} -> {edge.target} has {edge.ops!r}."
                 )
+        if len({edge[:2] for edge in cell.edges}) < len(cell.edges):  # a genotype names an edge by its nodes
+            raise ValueError(
+                f"The cell {kind!r} has two edges between the same nodes: {[edge[:2] for edge in cell.edges]}. Put the "
+                "candidates of both on one edge, or add a node."
+            )
         if not cell.output or min(cell.output) < cell.num_inputs:
             raise ValueError(f"`output` must list nodes that are not inputs; the cell {kind!r} has {cell.output}.")
         if kind not in {layer.name for layer in network.layers}:

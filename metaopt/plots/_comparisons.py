@@ -34,7 +34,7 @@ def comparison(
       The axes. Non-finite scores do not enter the mean. A method without a finite score has the text "diverges".
 
     Raises:
-      ValueError: if `errors` or `highlight` name other methods.
+      ValueError: if `errors` or `highlight` name other methods, or the scores of a method are not [tasks].
       ImportError: if matplotlib is not installed.
     """
     unknown = sorted((set(errors or {}) | set(highlight)) - set(scores))
@@ -45,6 +45,11 @@ def comparison(
     means, widths = [], []
     for name, values in scores.items():
         values = np.atleast_1d(np.asarray(values, float))
+        if values.ndim > 1:  # seeds of one task are not tasks
+            raise ValueError(
+                f"The scores of {name!r} must be [tasks], one number for each task, such as the mean over seeds: the "
+                f"interval is over tasks. Got the shape {values.shape}."
+            )
         values = values[np.isfinite(values)]
         means.append(values.mean() if len(values) else np.nan)
         width = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
@@ -53,7 +58,7 @@ def comparison(
 
 
 def ranking(evaluation: Evaluation, *, source: str | None = None, step: int = -1, axes: "Axes | None" = None) -> "Axes":
-    """Draws a dot plot of mean scores with 95 % intervals, best average rank first.
+    """Draws a dot plot of mean scores with 95 % intervals, best average rank (over the sources that it shows) first.
 
     Inductive methods come first. Transductive methods follow below them, and are labeled "transductive".
 
@@ -70,10 +75,12 @@ def ranking(evaluation: Evaluation, *, source: str | None = None, step: int = -1
       KeyError: if `source` is unknown.
       ImportError: if matplotlib is not installed.
     """
+    if source is not None:  # means and ranks of this source only: the ranks of all sources may have another order
+        evaluation = evaluation._replace(num_ways={source: evaluation.num_ways[source]})
     table = mean_scores(evaluation, step=step)
     labels, means, halves = [], [], []
     for method in average_ranks(evaluation, step=step):
-        pairs = np.array(list(table[method].values()) if source is None else [table[method][source]])
+        pairs = np.array(list(table[method].values()))
         finite = np.isfinite(pairs[:, 0]).all()
         labels.append(label_of(evaluation, method))
         means.append(pairs[:, 0].mean() if finite else np.nan)

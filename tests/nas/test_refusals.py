@@ -246,6 +246,7 @@ NETWORKS = [
                 TWO._replace(edges=(nas.Edge(0, 1, ("none",)), nas.Edge(0, 2, ("none", "mlp")))),
                 "same number on all edges",
             ),
+            (TWO._replace(edges=(nas.Edge(0, 1, ("mlp",)), nas.Edge(0, 1, ("none",)))), "edges between the same nodes"),
             (TWO._replace(edges=(nas.Edge(0, 1, ()),)), "a tuple of candidates"),
             (TWO._replace(edges=(nas.Edge(0, 1, "mlp"),)), "0 -> 1 has 'mlp'"),
             (TWO._replace(output=()), "`output` must list nodes"),

@@ -57,6 +57,11 @@ REFUSALS = [
         r"`edges` must enclose the ways .* \[50, 60\]",
     ),
     (lambda: plots.comparison({"a": [1.0]}, highlight=["b"]), ValueError, r"\['b'\] are not in \['a'\]"),
+    (
+        lambda: plots.comparison({"a": np.ones((10, 5))}),  # ten tasks, five seeds
+        ValueError,
+        r"'a' must be \[tasks\], .* Got the shape \(10, 5\)",
+    ),
     (lambda: plots.genotype(NETWORK, {"normal": ((0, 2, "mlp"),), "reduce": ()}), ValueError, "no op 'mlp'"),
     (lambda: diagram({"a": [1.0, 2.0]}), ValueError, "two methods"),
     (
