@@ -164,6 +164,8 @@ def fit_encoder(
 
     - Numbers stay. Booleans become 0 and 1. Durations become days.
     - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
+      Times with a time zone are converted to UTC first, and times without one are not. So new rows should have a time
+      zone if and only if these rows have one: midnight of Monday in Berlin is Sunday in UTC.
     - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
