@@ -91,6 +91,10 @@ class _AutoEstimator(TableEstimator, abc.ABC):
                 "number, use regression; otherwise check that it is not an id."
             )
         group_codes = None if groups is None else _arguments.group_codes(groups, len(x))
+        if group_codes is not None and len(np.unique(group_codes)) == len(group_codes):
+            _log.warning(
+                "`groups` has a different value in each row, so no rows stay together. Is it an id of the rows?"
+            )
         times = None if time is None else _arguments.times(time, len(x))
         parts = (None if part is None else part[used] for part in (group_codes, times))
         rows = sorted_rows(x[used], target, weight[used], *parts)

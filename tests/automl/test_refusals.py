@@ -61,6 +61,14 @@ def test_refusals(call, message):
         call()
 
 
+def test_groups_of_one_row_each_are_reported(caplog):
+    X = pd.DataFrame({"a": np.random.default_rng(0).normal(size=40)})
+    for groups in (np.arange(40) // 2, np.arange(40)):
+        automl.AutoRegressor(**QUICK).fit(X, X["a"], groups=groups)
+    (message,) = caplog.messages
+    assert message.startswith("`groups` has a different value in each row, so no rows stay together.")
+
+
 def test_targets_in_another_order_than_the_rows_are_reported(caplog):
     rng = np.random.default_rng(0)
     X, labels = pd.DataFrame({"a": rng.normal(size=40)}), rng.permutation(40)
