@@ -87,6 +87,13 @@ FEW = {"space": {"x": SPACE["x"]}, "num_members": 1, "num_steps": 0}
 
 
 @pytest.mark.once
+def test_records_of_two_tasks_log_only_what_a_caller_can_act_on(caplog):
+    records, features = make_records(np.random.default_rng(0), num_tasks=2)
+    blackbox.train_meta_optimizer(records, space=SPACE, features=features, num_steps=10, num_members=2, progress=False)
+    (message,) = caplog.messages  # not that the share of similar tasks, with only one other task, does not move
+    assert message.startswith("g has learned from 2 tasks with 30 records")
+
+
 def test_few_records_give_the_default_or_a_configuration_near_it_and_many_their_best(caplog):
     predicted = []
     for num_tasks, num_trials in ((1, 3), (3, 8), (300, 8)):
