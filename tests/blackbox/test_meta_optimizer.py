@@ -65,6 +65,7 @@ def g():
 
 @slow
 def test_it_predicts_from_features_and_adapts_to_trials(g):
+    assert g.predict.__name__ == "predict" and "MetaOptimizer" in g.predict.__doc__  # `help(g.predict)` shows both
     for best in (0.2, 0.85):
         task = base.Task(None, None, np.array([best, 0.0]))
         predicted = g.predict(task)
