@@ -107,7 +107,7 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
             faults.append(error)
     if faults:
         more = f" {len(faults) - 5} more files cannot be read." if len(faults) > 5 else ""
-        raise ValueError(f"{' '.join(map(str, faults[:5]))}{more} Repair or remove such files.") from faults[0]
+        raise ValueError(f"{' '.join(map(str, faults[:5]))}{more} Repair or remove such files.") from None
     if not pixels:
         raise ValueError("`files` is empty.")
     return np.stack(pixels)
