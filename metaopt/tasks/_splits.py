@@ -127,6 +127,9 @@ def select(
 ) -> list[Source]:
     """Returns the sources of one part, each with only the classes and rows of this part.
 
+    The classes of each source are numbered again. If two parts have different classes, the same label means different
+    classes: compare their `class_names`.
+
     Args:
       sources: all sources of the split, with different names; a single source is allowed.
       split: part -> source -> its classes and rows.
