@@ -113,7 +113,8 @@ def collect(
       study: the name of the collection in the store. To continue a collection, call again with the same space,
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
         out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
-        a time. Several studies may share a store.
+        a time. Several studies may share a store. A changed objective, or changed data of a task, is not noticed, and
+        the old outcomes are returned: take another name.
       retry_failed: whether to run failed trials once more, in every call with this argument. The new record replaces
         the old one, which stays in the store (`read_records(history=True)`). The searcher still receives the record of
         the failure, so that it proposes the same trials as before.

@@ -486,6 +486,7 @@ def test_candidates_are_the_tried_configurations():
     with pytest.warns(UserWarning, match="3 of 5 records"):
         g = blackbox.train_meta_searcher(records, space=SPACE, num_steps=0)
     assert g.candidates == [{"kind": "b", "x": 0.5}, {"kind": "a", "x": 0.5}]  # the last is the default
+    assert g.predict.__name__ == "predict" and "MetaOptimizer" in g.predict.__doc__  # `help(g.predict)` shows both
 
 
 def test_records_with_none_or_auto_in_place_of_a_number_are_used():
