@@ -247,11 +247,15 @@ def _read_rows(path: Path, model: Any) -> Any:
     names = encoder.input_names
     texts = [names[code.source] for code in encoder.columns if code.levels or code.reading]
     frame = _read(path, texts)  # a level such as "01" stays a text, even if all new rows have numbers
+    if not len(frame):
+        raise ValueError(f"{path} has no rows below its header.")
     if not encoder.named:
         return frame
     needed = dict.fromkeys(names[code.source] for code in encoder.columns)
     if missing := [name for name in needed if name not in frame.columns]:
-        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}, which the model needs.")
+        others = [name for name in frame.columns if name not in names]
+        renamed = f" If it was renamed, it is one of {', '.join(map(repr, others))}." if others else ""
+        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}, which the model needs.{renamed}")
     return frame.reindex(columns=list(names))
 
 

@@ -92,7 +92,7 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
         exactly.
 
     Raises:
-      TypeError: if values of this type cannot be saved.
+      TypeError: if values of this type cannot be saved, such as a pipeline; its last step can.
       ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
       ValueError: if a number is not finite. A pytree of arrays may have infinities, but no NaN, and no number beyond
         the largest float32.
@@ -106,6 +106,13 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     """
     by_type = {kind.type: (format_, kind) for format_, kind in _KINDS.items()}
     if type(value) not in by_type and (reason := _reason_against_a_pytree(value)):
+        steps = getattr(value, "steps", None)  # of a pipeline of scikit-learn
+        if isinstance(steps, list) and steps and type(steps[-1][-1]) in by_type:
+            raise TypeError(
+                f"`metaopt.save` cannot save a {type(value).__name__}, but it saves its last step: pass "
+                "`pipeline[-1]`, and put the loaded model into a pipeline with the same transformers. `joblib.dump` "
+                "saves a whole pipeline."
+            )
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
             f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "

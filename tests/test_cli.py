@@ -165,7 +165,13 @@ def test_new_files_may_have_other_columns_and_another_order(shop, capsys):
     assert np.corrcoef(predictions[0], new["y"])[0, 1] > 0.95
     new.drop(columns="code").to_csv(folder / "new.csv", index=False)
     assert _run("predict", folder / "model.npz", folder / "new.csv") == 1
-    assert "has no column 'code', which the model needs" in capsys.readouterr().err
+    assert (
+        "has no column 'code', which the model needs. If it was renamed, it is one of 'day', 'y'."
+        in capsys.readouterr().err
+    )
+    new[["code", "x"]].head(0).to_csv(folder / "new.csv", index=False)
+    assert _run("predict", folder / "model.npz", folder / "new.csv") == 1
+    assert "new.csv has no rows below its header." in capsys.readouterr().err
 
 
 def test_the_delimiter_of_a_file_with_one_row_is_that_of_its_header(shop, capsys):

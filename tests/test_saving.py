@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn import pipeline, preprocessing
 
 import metaopt
-from metaopt import evaluation, tasks
+from metaopt import automl, evaluation, tasks
 
 SCORES: Any = {"m": {"u": np.ones((3, 1))}}
 EVALUATION = evaluation.Evaluation(SCORES, {"u": np.ones(3)}, {"u": np.ones(3)}, {"m": False}, True, {}, "accuracy")
@@ -101,6 +102,17 @@ def test_a_value_that_cannot_be_saved_leaves_the_old_file(tmp_path):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["split.json"]
+
+
+def test_a_pipeline_is_saved_by_its_last_step(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    model = automl.AutoRegressor(models=("linear",), time_limit=None, preset="instant", verbose=False)
+    pipe = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(x, x[:, 0])
+    with pytest.raises(TypeError, match=r"cannot save a Pipeline, .* pass `pipeline\[-1\]`"):
+        metaopt.save(tmp_path / "model.npz", pipe)
+    metaopt.save(tmp_path / "model.npz", pipe[-1])
+    again = pipeline.make_pipeline(pipe[0], metaopt.load(tmp_path / "model.npz"))
+    np.testing.assert_array_equal(again.predict(x), pipe.predict(x))
 
 
 def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):

@@ -1,5 +1,6 @@
 """The arguments of `fit` and `predict`: rows, targets, groups and times."""
 
+import logging
 import numbers
 from typing import Any
 
@@ -8,6 +9,8 @@ import pandas as pd
 from sklearn.utils.validation import _get_feature_names, column_or_1d
 
 from metaopt import tasks
+
+_log = logging.getLogger(__name__)
 
 
 def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
@@ -44,6 +47,28 @@ def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
     dropped = list(dict.fromkeys(names.values()))
     rest = X.drop(columns=dropped) if hasattr(X, "iloc") else X.drop(dropped)
     return rest, values.get("groups", groups), values.get("time", time)
+
+
+def warn_of_other_order(X, **values) -> None:
+    """Logs a warning for values whose index has the labels of X in another order, since rows match by position.
+
+    Args:
+      X: rows.
+      **values: argument -> values for the rows. Only those of pandas have an index.
+    """
+    index = getattr(X, "index", None)
+    if not isinstance(index, pd.Index) or not index.is_unique:
+        return
+    for argument, value in values.items():
+        other = getattr(value, "index", None)
+        if not isinstance(other, pd.Index) or len(other) != len(index) or other.equals(index):
+            continue
+        if other.is_unique and other.isin(index).all():
+            _log.warning(
+                "The index of `%s` has the labels of X in another order. Row k of X is used with value k of `%s`, "
+                "whatever their labels. If the labels are right, pass `%s.loc[X.index]`.",
+                *(argument,) * 3,
+            )
 
 
 def target(y, num_rows: int) -> np.ndarray:

@@ -52,6 +52,9 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def fit(self, X, y, sample_weight=None, *, groups=None, time=None):
         """Fits models within the time limit, and weights them by their out-of-fold predictions.
 
+        Row k of X, value k of y and so on belong together. The labels of their indexes do not count. The log warns if
+        they are the same labels in another order.
+
         Args:
           X: [n, d] a pandas or polars frame, an array, a dict of columns or a list of dicts: numbers, categories,
             booleans, dates and texts, with missing values.
@@ -60,7 +63,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
             different values. Otherwise they are different observations; pass `groups` if they are not.
           groups: [n] for example patients: rows of one group are never in both parts of a split. The name of a column
-            of the frame X means its values, and this column is then not used as a feature.
+            of the frame X means its values, and this column is then not used as a feature. If you pass the values
+            themselves, X should not have this column, because new groups have other values.
           time: [n] numbers or dates, also as texts, or the name of a column, as for `groups`. Models are validated on
             rows that are later than their training rows, and models of all rows predict new rows.
 
@@ -73,6 +77,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         """
         options = self._options()  # the time begins here
         vars(self).pop("ensemble_", None)  # if this fit fails, older models must not read the columns of this one
+        _arguments.warn_of_other_order(X, y=y, sample_weight=sample_weight, groups=groups, time=time)
         X, groups, time = _arguments.without_named_columns(as_frame(X), y, groups, time)
         x = self._fit_table(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
@@ -86,6 +91,10 @@ class _AutoEstimator(TableEstimator, abc.ABC):
                 "number, use regression; otherwise check that it is not an id."
             )
         group_codes = None if groups is None else _arguments.group_codes(groups, len(x))
+        if group_codes is not None and len(np.unique(group_codes)) == len(group_codes):
+            _log.warning(
+                "`groups` has a different value in each row, so no rows stay together. Is it an id of the rows?"
+            )
         times = None if time is None else _arguments.times(time, len(x))
         parts = (None if part is None else part[used] for part in (group_codes, times))
         rows = sorted_rows(x[used], target, weight[used], *parts)

@@ -1,7 +1,9 @@
 """Fits the parts of a learned optimizer by gradient steps over earlier tasks (`training.fit`)."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,9 +58,29 @@ def fit(
     leaves, structure = jax.tree.flatten((start, sample_tasks(key)))
     learner = make_learner((structure, *((jnp.shape(x), jnp.result_type(x)) for x in leaves)), *settings)
     options = {"hyperparams": start, "num_steps": budget.num_steps, "key": key, "progress": budget.progress}
-    with report_progress(None, budget.progress, f"learned {part}") as report, report.during(f"learning {part}"):
+    with (
+        report_progress(None, budget.progress, f"learned {part}") as report,
+        report.during(f"learning {part}"),
+        _without_the_share(),
+    ):
         fitted = training.fit(learner, sample_tasks, **options)
     return fitted.hyperparams
+
+
+@contextlib.contextmanager
+def _without_the_share() -> Iterator[None]:
+    """Drops a warning of `training.fit` that a caller cannot act on.
+
+    With two families, a task gets all its weight from the other one, whatever the share of similar tasks is. So the
+    share does not move.
+    """
+    logger = logging.getLogger("metaopt.training._advice")
+    keep = lambda record: "initial values: logit_share." not in record.getMessage()
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def sample_trials(

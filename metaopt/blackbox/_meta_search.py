@@ -225,16 +225,23 @@ def in_precision(x64: bool, function: Callable) -> Any:
     identified by their bytes.
     """
 
-    @functools.wraps(function, assigned=())  # a partial function has no name or docstring of its own
+    @functools.wraps(function, assigned=())  # a partial function has neither a name nor a docstring
     def within(*args, **kwargs):
         with jax.enable_x64(x64):
             return function(*args, **kwargs)
 
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    within.__name__, within.__doc__ = inner.__name__, inner.__doc__
     return within
 
 
 def predict(learned: Learned, new_task: Any = None, y: Any = None) -> dict[str, Any]:
-    """`MetaOptimizer.predict`."""
+    """Returns one configuration for a new task, without a trial: `predict(new_task)` or `predict(x, y)`.
+
+    `help(metaopt.blackbox.MetaOptimizer)` describes the tasks that it takes.
+    """
     new_task = new_task if y is None else (new_task, y)
     return best_configuration(learned, new_task_of(learned.model.surrogate, new_task, learned.reads))
 

@@ -104,6 +104,11 @@ def features_of(new_task: Any) -> np.ndarray | None:
                 "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
                 "what `tasks.prepare` returns. With `train_meta_optimizer(datasets=)` of Tables, a Table is enough."
             )
+        elif hasattr(features, "columns"):
+            advice = (
+                " If g was trained with `datasets` of Tables, make a `tasks.Table` of this frame, too: "
+                "`tasks.fit_encoder` encodes its columns, and `tasks.fit_labels` its labels."
+            )
         elif array.ndim > 1:
             advice = " If g was trained with `datasets` of tables or images, pass labels too: `g.predict(x, y)`."
         raise ValueError(

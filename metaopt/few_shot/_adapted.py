@@ -2,10 +2,12 @@
 
 import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from metaopt import _jaxpr, base, inner
 from metaopt.few_shot import _leaves
@@ -49,11 +51,13 @@ def adapted(
 
     Raises:
       ValueError: at trace time, if the outputs are differentiated.
+      ValueError: at trace time, if "x" and "y" of the support set have different numbers of rows, or "y" has texts.
     """
     loop = adaptation.unrolling.loop
     steps = adaptation.test_steps if num_steps is None else operator.index(num_steps)
 
     def method(key, support, query):
+        _check_support(support)
         inputs = hyperparams, support, query
         fixed, support, query = jax.lax.stop_gradient(inputs)
 
@@ -77,3 +81,20 @@ def adapted(
         return _jaxpr.refuse_derivative(visited, inputs, _NO_DERIVATIVE)
 
     return method
+
+
+def _check_support(support: Any) -> None:
+    """Raises ValueError if a support set has labels of another number, or labels that are texts."""
+    if not isinstance(support, Mapping) or not {"x", "y"} <= support.keys():
+        return
+    x, y = support["x"], support["y"]
+    if not isinstance(y, jax.Array) and np.asarray(y).dtype.kind in "USO":
+        raise ValueError(
+            'The labels "y" of a support set must be integers from 0; got texts. Number the classes '
+            "(`np.unique(y, return_inverse=True)[1]`)."
+        )
+    if np.shape(x) and np.shape(y) and np.shape(x)[0] != np.shape(y)[0]:
+        raise ValueError(
+            f'"x" and "y" of a support set must have the same number of rows; got {np.shape(x)[0]} and '
+            f"{np.shape(y)[0]}."
+        )

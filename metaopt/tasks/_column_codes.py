@@ -21,7 +21,7 @@ OTHER = "(other)"
 KINDS = ("number", "boolean", "time", "category")
 PARTS = ("days", "month", "weekday", "hour")  # of a time
 MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
-_MANY = 5  # values of a category; if none of them is a level, the column may be a wrong one
+_MANY = 5  # fewer unseen values of a category are not reported
 _DAY = 86_400_000_000  # microseconds
 _MERGED = "which float32 rounds to"  # as in the notes of `from_csv_folder`
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
@@ -44,6 +44,30 @@ _DESCRIPTIONS = {
     "mdy": "is text that holds dates, read as month-day-year",
     "dmy": "is text that holds dates, read as day-month-year",
 }
+
+
+_FORMS = {
+    "number": "numbers",
+    "thousands": "numbers, possibly with thousands separators",
+    "decimal_comma": "numbers with decimal commas",
+    "ymd": "dates in the order year-month-day",
+    "mdy": "dates in the order month-day-year",
+    "dmy": "dates in the order day-month-year",
+}
+
+
+class Unread(NamedTuple):
+    """The values of a column that `apply_code` could not read as in `fit`.
+
+    Attributes:
+      num: how many.
+      example: one of them; None if `num` is 0.
+      reason: completes "values that ...".
+    """
+
+    num: int = 0
+    example: Any = None
+    reason: str = ""
 
 
 class ColumnCode(NamedTuple):
@@ -111,7 +135,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
     return _fit_number(ColumnCode(name, source, kind, reading), raw, changes, keep)
 
 
-def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
+def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
     """Encodes the values of a column.
 
     Args:
@@ -119,24 +143,47 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, int]:
       raw: values of the same or other rows.
 
     Returns:
-      [n, k] float64 with NaN where missing, and how many values could not be read and count as missing. For categories,
-      it is the number of values if none of them is a level, and there are at least 5; otherwise 0.
+      [n, k] float64 with NaN where missing, and the values that could not be read and count as missing. For categories,
+      these are the values that are not levels, if they are at least 5 and more than a tenth of the values. If unseen
+      levels become "(other)", they are only reported if no value is a level.
     """
+    form = _FORMS[code.reading] if code.reading else "categories" if code.kind == "category" else f"{code.kind}s"
     if raw.kind == "unreadable":
-        return np.full((len(raw.values), max(1, len(code.parts))), np.nan), len(raw.values)
+        block = np.full((len(raw.values), max(1, len(code.parts))), np.nan)
+        return block, _unread(raw, np.ones(len(raw.values), bool), f"are not {form}; they count as missing")
     if code.kind == "category":
         texts = _texts(raw)
         codes = {level: float(place) for place, level in enumerate(code.levels)}
         other = codes.get(OTHER, np.nan)
-        values = [text for text in texts.tolist() if text is not None]
-        is_strange = len(values) >= _MANY and code.levels != (OTHER,) and set(values).isdisjoint(code.levels)
-        return _lookup(texts, lambda text: codes.get(text, other))[:, None], len(values) * is_strange
+        unread = _unseen_levels(texts.tolist(), code.levels)
+        return _lookup(texts, lambda text: codes.get(text, other))[:, None], unread
+    is_missing = _is_missing(raw)
     if code.kind == "time":
         times = _times(code, raw)
-        return _time_parts(times, code.parts), int((np.isnat(times) & ~_is_missing(raw)).sum())
+        lost = np.isnat(times) & ~is_missing
+        return _time_parts(times, code.parts), _unread(raw, lost, f"are not {form}; they count as missing")
     values = _numbers(code, raw)
-    num_lost = int((np.isnan(values) & ~_is_missing(raw)).sum()) if raw.kind not in ("number", "boolean") else 0
-    return np.where(np.abs(values) > FLOAT32_MAX, np.nan, values)[:, None], num_lost
+    lost = np.isnan(values) & ~is_missing & (raw.kind not in ("number", "boolean"))
+    block = np.where(np.abs(values) > FLOAT32_MAX, np.nan, values)[:, None]
+    return block, _unread(raw, lost, f"are not {form}; they count as missing")
+
+
+def _unread(raw: RawColumn, lost: np.ndarray, reason: str) -> Unread:
+    if not lost.any():
+        return Unread()
+    return Unread(int(lost.sum()), raw.values[np.flatnonzero(lost)[0]], reason)
+
+
+def _unseen_levels(texts: list[str | None], levels: tuple[str, ...]) -> Unread:
+    values, known = [text for text in texts if text is not None], set(levels)
+    unseen = [text for text in values if text not in known]
+    if len(unseen) < _MANY or len(unseen) <= 0.1 * len(values) or levels == (OTHER,):
+        return Unread()
+    if OTHER not in known:
+        return Unread(len(unseen), unseen[0], "do not occur in the rows of `fit`; they count as missing")
+    if len(unseen) < len(values):  # rare levels of `fit` are "(other)", too, and are not known by name
+        return Unread()
+    return Unread(len(unseen), unseen[0], f"are not levels of the rows of `fit`; all of them count as {OTHER!r}")
 
 
 # --- numbers ---

@@ -14,7 +14,7 @@ import numpy as np
 from metaopt import _files, _saving
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
-from metaopt.tasks._frames import Frame, positions, read_frame, read_values, unique_names
+from metaopt.tasks._frames import Frame, as_text, positions, read_frame, read_values, unique_names
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ class TableEncoder(NamedTuple):
 
         If the frame and the encoder have names, columns are matched by name: their order does not matter, and other
         columns are ignored. Otherwise, they are matched by position. The result for a row does not depend on the other
-        rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them.
+        rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them. The
+        log also warns if more than a tenth of the values of a category, and at least 5, are unseen levels. If unseen
+        levels become "(other)", it warns only if no value is a level.
 
         Args:
           frame: a frame of any type that `fit_encoder` takes.
@@ -101,14 +103,11 @@ class TableEncoder(NamedTuple):
         places = _places(self, table)
         blocks = []
         for code in self.columns:
-            block, num_lost = apply_code(code, read_values(table.columns[places[code.source]]))
-            if num_lost and code.kind == "category":
-                message = "the column %r has %d values, and none of them occurs in the rows of `fit`"
-                _log.warning(message, code.name, num_lost)
-            elif num_lost:
-                level = logging.WARNING if num_lost > 0.1 * len(block) else logging.INFO
-                message = "the column %r has %d values that are not a %s; they count as missing"
-                _log.log(level, message, code.name, num_lost, code.kind)
+            block, unread = apply_code(code, read_values(table.columns[places[code.source]]))
+            if unread.num:
+                level = logging.WARNING if unread.num > 0.1 * len(block) or code.kind == "category" else logging.INFO
+                message = "the column %r has %d of %d values that %s (such as %r)"
+                _log.log(level, message, code.name, unread.num, len(block), unread.reason, as_text(unread.example)[:60])
             blocks.append(block)
         return np.concatenate(blocks, axis=1) if blocks else np.zeros((table.num_rows, 0))
 
@@ -165,6 +164,8 @@ def fit_encoder(
 
     - Numbers stay. Booleans become 0 and 1. Durations become days.
     - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
+      Times with a time zone are converted to UTC first, and times without one are not. So new rows should have a time
+      zone if and only if these rows have one: midnight of Monday in Berlin is Sunday in UTC.
     - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _extras, _files
+from metaopt import _checks, _extras, _files
 from metaopt.tasks._class_sources import Source, from_arrays
 
 _MAX_PIXELS = 2**26  # of one image
@@ -39,21 +39,32 @@ def from_image_folder(
       name: the name of the source; by default that of the folder.
 
     Returns:
-      A `Source` of uint8 images, in the order of their paths. Files with a suffix that Pillow does not know are
-      skipped.
+      A `Source` of uint8 images, in the order of their paths. It skips files with a suffix that Pillow does not know,
+      and files and folders whose name begins with a dot. It warns of folders in which no image is left.
 
     Raises:
       ValueError: if the folder does not exist or has no images.
-      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits.
+      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits. The message has the
+        first five such files.
+      ValueError: if `size < 1`, or `channels` is neither 1 nor 3.
       ImportError: if Pillow is not installed.
     """
     folder = Path(folder)
     suffixes = _pillow("from_image_folder").registered_extensions()
-    files = [f for f in sorted(folder.glob("/".join(["*"] * (levels + 1)))) if f.suffix.lower() in suffixes]
+    pattern = "/".join(["*"] * levels)
+    shown = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    files = [f for f in sorted(folder.glob(f"{pattern}/*")) if f.suffix.lower() in suffixes and shown(f)]
     if not files:
-        raise ValueError(f"{folder} has no images; they must lie in {'/'.join(['*'] * levels)}/ below it.")
+        raise ValueError(f"{folder} has no images; they must lie in {pattern}/ below it, a folder for each class.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
     names = sorted(set(labels))
+    folders = ("/".join(f.relative_to(folder).parts) for f in sorted(folder.glob(pattern)) if f.is_dir() and shown(f))
+    if empty := [name for name in folders if name not in set(names)]:
+        warnings.warn(
+            f"{folder}: {len(empty)} folders have no images of a format that Pillow knows, and are not classes: "
+            f"{', '.join(map(repr, empty[:5]))}.",
+            stacklevel=2,
+        )
     return from_arrays(
         read_images(files, size=size, channels=channels),
         labels,
@@ -77,19 +88,34 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
 
     Raises:
       ValueError: if `files` is one path or is empty.
-      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits.
+      ValueError: if an image cannot be read, has more than 2**26 pixels, or has pixels of 32 bits. The message has the
+        first five such files.
+      ValueError: if `size < 1`, or `channels` is neither 1 nor 3.
       ImportError: if Pillow is not installed.
     """
     if isinstance(files, str | os.PathLike):
         raise ValueError(f"`files` must be a list of image files; got one path, {os.fspath(files)!r}.")
-    pillow, pixels = _pillow("read_images"), []
+    _checks.check_integer("size", size, 1)
+    _check_channels(channels)
+    pillow, pixels, faults = _pillow("read_images"), [], []
     for file in map(Path, files):
-        with _files.reading(file, "is not an image that Pillow can read"):
-            # A file allocates as many bytes as a damaged header asks for; bytes in memory only as many as there are.
-            pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
+        try:
+            with _files.reading(file, "is not an image that Pillow can read"):
+                # A damaged header may ask for any number of bytes, but bytes in memory are only as many as there are.
+                pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
+        except ValueError as error:
+            faults.append(error)
+    if faults:
+        more = f" {len(faults) - 5} more files cannot be read." if len(faults) > 5 else ""
+        raise ValueError(f"{' '.join(map(str, faults[:5]))}{more} Repair or remove such files.") from None
     if not pixels:
         raise ValueError("`files` is empty.")
     return np.stack(pixels)
+
+
+def _check_channels(channels: Any) -> None:
+    if isinstance(channels, bool) or channels not in (1, 3):
+        raise ValueError(f"`channels` must be 1 for gray, or 3 for colors; got {channels!r}.")
 
 
 def _pillow(caller: str) -> Any:
@@ -107,6 +133,8 @@ def _pixels(pillow: Any, file: Any, size: int | None, channels: int, *, rotate: 
             image = pillow.open(file)
         except pillow.DecompressionBombError as error:
             raise ValueError(str(error)) from None
+        except pillow.UnidentifiedImageError:  # its message has only the address of `file` in memory
+            raise ValueError("its content is not of an image format that Pillow knows") from None
     with image:
         if image.width * image.height > _MAX_PIXELS:
             raise ValueError(f"the image has {image.width} x {image.height} pixels; at most {_MAX_PIXELS} are read")
@@ -199,7 +227,11 @@ def from_tfds(
       KeyError: if the data set lacks one of these features.
       ValueError: if examples of one class are of several superclasses.
       ValueError: if images differ in shape and no `size` is given, or have pixels of 32 bits and a `size` is given.
+      ValueError: if `size < 1`, or if a `size` is given and `channels` is neither 1 nor 3.
     """
+    if size is not None:
+        _checks.check_integer("size", size, 1)
+        _check_channels(channels)
     tfds = _extras.require("tensorflow_datasets", "episodes", "`from_tfds`")
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     if not builder.info.splits:

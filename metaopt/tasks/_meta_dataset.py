@@ -17,7 +17,7 @@ import numpy as np
 from metaopt import _files
 from metaopt._tfrecord import fields, integers, read_tfrecords
 from metaopt.tasks._class_sources import Source, from_arrays
-from metaopt.tasks._image_sources import _pillow, _pixels
+from metaopt.tasks._image_sources import _check_channels, _pillow, _pixels
 
 PARTS = ("train", "valid", "test")
 
@@ -85,7 +85,7 @@ def from_meta_dataset(
     Raises:
       FileNotFoundError: if the specification or the records do not exist.
       ValueError: if the part has no classes, a file is damaged, or an image has more than 2**26 pixels.
-      ValueError: if the specification has another form.
+      ValueError: if the specification has another form, or `channels` is neither 1 nor 3.
       ImportError: if Pillow is not installed.
 
     Source: Triantafillou et al., ICLR 2020, https://arxiv.org/abs/1903.03096; the formats:
@@ -93,6 +93,7 @@ def from_meta_dataset(
     """
     if part not in PARTS:
         raise ValueError(f"`part` must be one of {', '.join(map(repr, PARTS))}; got {part!r}.")
+    _check_channels(channels)
     folder, image = Path(folder), _pillow("from_meta_dataset")
     of_tfds = (folder / "metadata.json").is_file()
     if not of_tfds and not (folder / "dataset_spec.json").is_file():

@@ -122,7 +122,7 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
       over the variance of the images, each averaged over pixels. `fit_scaling` brings these numbers to one scale.
 
     Raises:
-      ValueError: if a label is negative.
+      ValueError: if `images` is not [N, height, width, channels], or a label is negative.
 
     >>> import numpy as np
     >>> from metaopt import tasks
@@ -131,6 +131,11 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     >>> features["between opposite halves"], features["ink"]
     (-1.0, 0.5)
     """
+    if np.ndim(images) != 4:
+        raise ValueError(
+            f"`images` must be [N, height, width, channels]; got shape {np.shape(images)}. Gray images need an axis "
+            "for their channel, `images[..., None]`."
+        )
     _checks.check_labels("`labels`", labels, int(np.max(labels)) + 1)
     x, half = np.asarray(images).mean(-1), np.shape(images)[2] // 2
     centered = x - x.mean(0)

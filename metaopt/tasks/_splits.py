@@ -1,5 +1,6 @@
 """Splits of classes, sources and examples into parts: plain data, saved with the run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,10 +57,11 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
       seed: the seed of the random order.
 
     Returns:
-      A split.
+      A split, whose parts all have all classes. So `select` numbers the classes of each part as the source does.
 
     Raises:
-      ValueError: if a share is not positive, shares sum to more than 1, or a part has no example.
+      ValueError: if a share is not positive, or shares sum to more than 1.
+      ValueError: if a part has no example, or none of some class.
     """
     if min(sizes.values(), default=0) <= 0 or sum(sizes.values()) > 1 + 1e-9:
         raise ValueError(f"`sizes` must be positive shares that sum to at most 1; got {dict(sizes)}.")
@@ -79,6 +81,17 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
         if not len(rows):
             raise ValueError(
                 f"Part {part!r} of source {source.name!r} is left without an example: its share is {share}."
+            )
+        missing = np.setdiff1d(source.y, source.y[rows])
+        if len(missing):  # `select` would number the classes of this part differently
+            fewest = math.ceil(1 / min(sizes.values()) - 1e-9)
+            fix = f"Drop small classes, `source.keep(min_examples={fewest})`, or take other shares."
+            if source.group is not None:
+                fix = "The parts have different groups. Take another `seed`, or drop this class by `source.keep`."
+            count = np.count_nonzero(source.y == missing[0])
+            raise ValueError(
+                f"Part {part!r} of source {source.name!r} has no example of {len(missing)} classes: "
+                f"{source.class_names[missing[0]]!r} has {count} in all. {fix}"
             )
         split[part] = {source.name: {"rows": rows.tolist()}}
         start += share
@@ -113,6 +126,9 @@ def select(
     sources: Source | Mapping[str, Source] | Sequence[Source], split: Mapping[str, Any], part: str
 ) -> list[Source]:
     """Returns the sources of one part, each with only the classes and rows of this part.
+
+    The classes of each source are numbered again. If two parts have different classes, the same label means different
+    classes: compare their `class_names`.
 
     Args:
       sources: all sources of the split, with different names; a single source is allowed.

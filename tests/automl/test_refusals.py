@@ -59,3 +59,27 @@ REFUSALS = [
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_groups_of_one_row_each_are_reported(caplog):
+    X = pd.DataFrame({"a": np.random.default_rng(0).normal(size=40)})
+    for groups in (np.arange(40) // 2, np.arange(40)):
+        automl.AutoRegressor(**QUICK).fit(X, X["a"], groups=groups)
+    (message,) = caplog.messages
+    assert message.startswith("`groups` has a different value in each row, so no rows stay together.")
+
+
+def test_targets_in_another_order_than_the_rows_are_reported(caplog):
+    rng = np.random.default_rng(0)
+    X, labels = pd.DataFrame({"a": rng.normal(size=40)}), rng.permutation(40)
+    y = 2 * X["a"]
+    for other in (y, y.to_numpy()[labels], y.iloc[labels].reset_index(drop=True), y.set_axis(X.index + 1)):
+        automl.AutoRegressor(**QUICK).fit(X, other)
+    assert caplog.messages == []
+    model = automl.AutoRegressor(**QUICK).fit(X, y.iloc[labels], groups=pd.Series(labels % 9, labels))
+    assert [message.split(". Row k")[0] for message in caplog.messages] == [
+        f"The index of `{argument}` has the labels of X in another order" for argument in ("y", "groups")
+    ]
+    caplog.clear()
+    assert automl.AutoRegressor(**QUICK).fit(X, y.iloc[labels].loc[X.index]).score_ > -0.7 > model.score_
+    assert caplog.messages == []

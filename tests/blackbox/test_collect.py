@@ -338,6 +338,22 @@ def test_progress_counts_trials_and_failures(capsys):
     assert capsys.readouterr().err == ""  # no terminal
 
 
+def test_the_log_counts_stored_trials_which_a_changed_objective_does_not_change(tmp_path, caplog):
+    store = tmp_path / "records.db"
+    earlier = collect(num_trials=2, store=store)
+    assert caplog.messages == []
+    changed = lambda trial, task: 7.0
+    assert collect(changed, num_trials=2, store=store) == earlier
+    assert caplog.messages == [
+        f"{store} has 4 trials of these tasks, which do not run again. If the objective or the data of a task have "
+        "changed, use another `store` or `study`."
+    ]
+    caplog.clear()
+    collect(changed, num_trials=2, store=store, progress=False)
+    assert caplog.messages == []
+    assert {record.outcome for record in collect(changed, num_trials=2, store=store, study="changed")} == {7.0}
+
+
 def test_progress_of_one_task_has_the_best_outcome_at_the_full_budget(capsys):
     falls = lambda trial, task: (5.0 if trial.trial % 2 else 3.0) if trial.fidelity == 1 else 0.0
     for tasks, text in (({"t": 0}, "0 pruned, best outcome 3, "), ({"s": 0, "t": 0}, "0 pruned, ")):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from metaopt import blackbox, spaces, tasks
@@ -265,6 +266,10 @@ REFUSALS = [
             '"configuration" must hold dicts, or JSON of dicts; got .* in row 1',
         )
         for text in ('{"x": ', "[1]", None)
+    ),
+    (
+        lambda: trained().predict(pd.DataFrame({"size": [1.0], "color": ["red"]})),
+        NEW_TASK + "DataFrame. If g was trained with `datasets` of Tables, make a `tasks.Table` of this frame, too",
     ),
     (
         lambda: read_frame(task=["a"], configuration=["{}"], reason=[12]),

@@ -62,6 +62,12 @@ def adapt_under_other_keys(**options):
     start(a, {"body": jnp.ones(1), "head": jnp.ones(1)}, jnp.ones(1))
 
 
+def adapted_to(y):
+    a = few_shot.prototypical_networks(features)
+    adapt = few_shot.adapted(a, a.hyperparams(CLASS_META), few_shot.linear_head(features))
+    return adapt(KEY, CLASSES | {"y": y}, CLASSES)
+
+
 def derivative_of_adapted(differentiate):
     a = few_shot.maml(loss)
     predict = lambda params, query: query["x"] @ params["hidden"]["w"]
@@ -248,6 +254,13 @@ REFUSALS = [
             r"`few_shot.adapted` have no derivative.*`hypergrad\.unroll\(",
         )
         for differentiate in (jax.grad, jax.jacfwd)
+    ),
+    *(
+        (lambda y=y: adapted_to(y), message)
+        for y, message in [
+            (np.array(["oak", "elm"] * 2), 'labels "y" of a support set must be integers from 0; got texts'),
+            (np.array([0, 1]), '"x" and "y" of a support set must have the same number of rows; got 4 and 2'),
+        ]
     ),
     # λ and data.
     (meta_params_for_lambda, r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"),

@@ -110,6 +110,30 @@ def test_a_folder_of_images(tmp_path):
         tasks.from_image_folder(tmp_path, size=2)
 
 
+def test_hidden_files_are_skipped_and_a_folder_without_images_gives_a_warning(tmp_path):
+    for name in ("a/1.png", "b/1.png", ".checkpoints/1.png", "b/.2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    source = tasks.from_image_folder(tmp_path, size=2)
+    assert source.class_names == ("a", "b") and len(source.x) == 2
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "1.heic").write_bytes(b"of a phone")
+    with pytest.warns(UserWarning, match="1 folders have no images .*: 'c'"):
+        assert tasks.from_image_folder(tmp_path, size=2).class_names == ("a", "b")
+
+
+def test_an_error_names_all_files_that_cannot_be_read(tmp_path):
+    names = [f"a/{k}.png" for k in range(8)]
+    (tmp_path / "a").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / names[0])
+    for name in names[1:]:
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="2 more files cannot be read. Repair or remove") as caught:
+        tasks.from_image_folder(tmp_path, size=2)
+    assert all(name in str(caught.value) for name in names[1:6]) and names[0] not in str(caught.value)
+    assert "BytesIO" not in str(caught.value)
+
+
 @pytest.mark.parametrize("turn", range(10))
 def test_images_are_rotated_as_the_camera_says(turn, tmp_path):
     pixels, exif = np.arange(4, dtype=np.uint8).reshape(2, 2), Image.Exif()

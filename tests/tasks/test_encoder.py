@@ -155,15 +155,34 @@ def test_words_among_many_numbers_are_missing_and_reported(caplog):
     assert fitted({"a": few})[0].levels == (("1", "2", "3", "unknown"),)
     caplog.clear()
     np.testing.assert_array_equal(encoder.transform({"a": ["x", "7", None, 8]})[:, 0], [np.nan, 7, np.nan, 8])
-    assert "the column 'a' has 1 values that are not a number; they count as missing" in caplog.text
+    message = "the column 'a' has 1 of 4 values that are not numbers; they count as missing (such as 'x')"
+    assert caplog.messages == [message]
 
 
-def test_a_column_without_a_known_category_is_reported(caplog):
-    encoder, _ = fitted({"a": ["x", "y"] * 10, "b": ["u", "v", "v", "u"] * 5})
+def test_unseen_categories_are_reported(caplog):
+    frame = {"a": ["x", "y"] * 10, "b": ["u", "v", "v", "u"] * 5, "c": ["r", "s"] * 9 + ["once", "twice"]}
+    encoder, _ = fitted(frame)
     caplog.clear()
-    x = encoder.transform({"a": ["X", "Y", None, "X", "X", "Y"], "b": ["u", "w", "w", "w", "w", "w"]})
-    assert np.isnan(x[:, 0]).all()
-    assert caplog.messages == ["the column 'a' has 5 values, and none of them occurs in the rows of `fit`"]
+    x = encoder.transform({"a": ["X", "Y", None, "X", "X", "Y"], "b": ["u"] + ["w"] * 5, "c": ["r"] + ["w"] * 5})
+    assert np.isnan(x[:, 0]).all() and np.isnan(x[1:, 1]).all() and (x[1:, 2] == 2).all()  # "(other)"
+    reason = "values that do not occur in the rows of `fit`; they count as missing"
+    assert caplog.messages == [
+        f"the column 'a' has 5 of 6 {reason} (such as 'X')",
+        f"the column 'b' has 5 of 6 {reason} (such as 'w')",
+    ]
+    caplog.clear()
+    encoder.transform({"a": ["x"] * 45 + ["z"] * 5, "b": ["u"] * 46 + ["w"] * 4, "c": ["w"] * 50})
+    reason = "values that are not levels of the rows of `fit`; all of them count as '(other)'"
+    assert caplog.messages == [f"the column 'c' has 50 of 50 {reason} (such as 'w')"]
+
+
+def test_dates_in_another_order_are_reported_with_the_order_of_fit(caplog):
+    dates = [f"{day}.{month:02}.2024" for month in (1, 2, 3) for day in range(10, 25)]
+    encoder, _ = fitted({"day": dates})
+    caplog.clear()
+    encoder.transform({"day": ["3/13/2024", "3/12/2024", None]})
+    reason = "values that are not dates in the order day-month-year; they count as missing"
+    assert caplog.messages == [f"the column 'day' has 1 of 3 {reason} (such as '3/13/2024')"]
 
 
 def test_times_become_days_month_weekday_and_hour():

@@ -183,6 +183,16 @@ REFUSALS = [
     (lambda: tasks.split_classes(LETTERS, {"train": 0}), "at least 1"),
     (lambda: tasks.split_rows(LETTERS, {"train": 0.8, "test": 0.3}), "sum to at most 1"),
     (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* left without an example"),
+    (
+        lambda: tasks.split_rows(tasks.from_arrays(range(12), [0] * 5 + [1] * 2 + [2] * 5), {"a": 0.25, "b": 0.25}),
+        r"'b' of source 'arrays' has no example of 1 classes: '1' has 2 in all.*min_examples=4",
+    ),
+    (
+        lambda: tasks.split_rows(
+            tasks.from_arrays(range(8), [0, 1] * 3 + [2, 2], group=[0, 0, 1, 1, 2, 2, 0, 0]), {"a": 0.5, "b": 0.5}
+        ),
+        "has no example of 1 classes: '2' has 2 in all. The parts have different groups",
+    ),
     (lambda: tasks.merge_splits(*[tasks.Split({"test": {"a": {}}})] * 2), "of source 'a'"),
     (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
     (
@@ -443,6 +453,12 @@ REFUSALS = [
     ),
     (lambda: tasks.read_images("cat.png", size=8), "`files` must be a list of image files; got one path, 'cat.png'"),
     (lambda: tasks.read_images([], size=8), "`files` is empty"),
+    (lambda: tasks.read_images(["cat.png"], size=0), "`size` must be at least 1; got 0"),
+    *(
+        (lambda options=options: tasks.read_images(["cat.png"], size=8, **options), "`channels` must be 1 .* or 3")
+        for options in ({"channels": 4}, {"channels": "RGB"}, {"channels": True})
+    ),
+    (lambda: tasks.image_features(np.zeros((2, 4, 4)), np.array([0, 1])), r"got shape \(2, 4, 4\). Gray images need"),
     # Features of tables and images.
     (lambda: tasks.metafeatures((np.ones((40, 0)), TABLE.y, np.zeros(0, bool))), r"1 column; got \(40, 0\)"),
     (lambda: tasks.metafeatures((np.full((40, 1), np.inf), TABLE.y, np.zeros(1, bool))), "finite values"),

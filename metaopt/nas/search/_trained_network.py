@@ -90,11 +90,13 @@ class TrainedNetwork(NamedTuple):
           In [0, 1]. A row with a NaN among its outputs counts as wrong.
 
         Raises:
-          ValueError: if x and y have different numbers of rows, or if y has another type or shape. Also if "mask" is
-            not [N] or has no real row, if "class_mask" is not [C], or if a label is not a class.
+          ValueError: if x and y have different numbers of rows or no rows, or if y has another type or shape. Also if
+            "mask" is not [N] or has no real row, if "class_mask" is not [C], or if a label is not a class.
         """
         rows = _real_rows(data)
         x, y = np.asarray(data["x"]), np.asarray(data["y"])
+        if not len(x):
+            raise ValueError(f'"x" must have at least one row; got shape {x.shape}.')
         if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
             raise ValueError(
                 f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
