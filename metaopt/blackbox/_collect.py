@@ -26,16 +26,13 @@ import jax
 from metaopt import _locks, base
 from metaopt._progress import report_progress
 from metaopt.blackbox._random_search import random_search
+from metaopt.blackbox._origins import check_origins
 from metaopt.blackbox._records import read_records
 from metaopt.blackbox._trials import ObjectiveFn, end_children, memory_is_known
 from metaopt.blackbox._workers import Isolated, Runner, identity, run_all, run_in_worker, workers
 
 _log = logging.getLogger(__name__)
 
-_STORED = (
-    "%s has %d trials of these tasks, which do not run again. If the objective or the data of a task have changed, use "
-    "another `store` or `study`."
-)
 _ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
@@ -105,16 +102,15 @@ def collect(
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
         difference of the two fidelities counts as spent.
       store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
-        ended in the store is not run again, even if it failed (see `retry_failed`). The store does not know the
-        objective and the data of the tasks. So if one of them has changed, use another `store` or `study`; otherwise
-        `collect` returns the old outcomes without an error. During a collection, a lock file
-        lies next to the store; its name ends in `.lock`. A killed collection may leave this file behind; it is
-        harmless.
+        ended in the store is not run again, even if it failed (see `retry_failed`). So `collect` raises an error if
+        the arrays, frames or numbers of a task have changed since then, and the log warns if the source text of the
+        objective has changed. It does not see other changes, such as those of files that the objective reads, or of
+        functions that it calls: then use another `store` or `study`. During a collection, a lock file lies next to
+        the store; its name ends in `.lock`. A killed collection may leave this file behind; it is harmless.
       study: the name of the collection in the store. To continue a collection, call again with the same space,
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
         out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
-        a time. Several studies may share a store. A changed objective, or changed data of a task, is not noticed, and
-        the old outcomes are returned: take another name.
+        a time. Several studies may share a store.
       retry_failed: whether to run failed trials once more, in every call with this argument. The new record replaces
         the old one, which stays in the store (`read_records(history=True)`). The searcher still receives the record of
         the failure, so that it proposes the same trials as before.
@@ -134,7 +130,7 @@ def collect(
         the store until the next call.
       progress: None reports trials on standard error: with a bar in a terminal or notebook, otherwise with a line every
         10 s. With one task and one outcome, the report has the best outcome so far. True also prints a line at the end
-        of a short collection; False reports nothing. Unless it is False, the log warns if the store has trials.
+        of a short collection; False reports nothing.
 
     Returns:
       The records of these tasks, each "COMPLETE", "PRUNED" or "FAIL", ordered by task and then by trial. Trials that
@@ -144,8 +140,8 @@ def collect(
       KeyboardInterrupt: if SIGINT (Ctrl-C) arrived. The store has all trials that were written before. Without a
         store, the records are lost.
       ValueError: if an argument is invalid.
-      ValueError: if the store has this study from another space, searcher or key, or another collection of it is
-        running.
+      ValueError: if the store has this study from another space, searcher or key, or from other numbers of a task,
+        or another collection of it is running.
       FileNotFoundError: if the folder of the store does not exist.
       RuntimeError: if a child cannot start, or cannot read the objective or a task.
       ImportError: if joblib, Dask or Ray, or for isolated trials cloudpickle, is needed and not installed.
@@ -178,11 +174,10 @@ def collect(
     owner = uuid.uuid4().hex
     run = Isolated(time_limit, memory_limit, owner) if isolated else run_in_worker
     deadline = float("inf") if budget is None else time.monotonic() + budget
-    level = logging.INFO if progress is False else logging.WARNING
     trial_runner = Runner(run, objective, named, store, study, num_workers, deadline)
     try:
         with _alone(store, study), workers(backend, num_workers), _progress(num_trials, len(named), progress) as show:
-            _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show, level)
+            _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
     except KeyboardInterrupt as error:
         if error.args:  # that of a `fit` in the objective names its own checkpoint
             raise
@@ -211,9 +206,8 @@ def _search(
     all_at_once: bool,
     retry_failed: bool,
     show: Callable[[base.Record], None],
-    level: int,
 ) -> None:
-    """Runs rounds until all searches have ended, or time is over. `level` is that of the log of stored trials."""
+    """Runs rounds until all searches have ended, or time is over."""
 
     def read(stored, trial):
         _check_same(stored, trial, runner.store, runner.study)
@@ -221,8 +215,10 @@ def _search(
 
     # A searcher receives the first end of a trial, even if a failed trial was run again.
     last, first = _read_ended(runner, retry_failed)
+    if runner.store is not None:
+        check_origins(runner, {record.task for record in first.values()})
     if last:
-        _log.log(level, _STORED, runner.store, len(last))
+        _log.info("%s has %d trials of these tasks, which do not run again.", runner.store, len(last))
     while searching := [search for search in searches if not search.ended]:
         trials = _ask_round(searching, batch_size, all_at_once, last, runner.deadline, read)
         for record in run_all(runner, trials):

@@ -42,6 +42,7 @@ _TIMEOUT = 300  # seconds that a writer waits for others
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
 _COLUMNS = ", ".join(Record._fields)
+_ORIGINS = "CREATE TABLE IF NOT EXISTS origins (study TEXT, name TEXT, digest TEXT, PRIMARY KEY (study, name))"
 _BEGUN = ("WAITING", "RUNNING")
 _NOT_ITS_FAULT = ("SQLITE_BUSY", "SQLITE_FULL")
 _NOT_WRITABLE = ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")
@@ -143,6 +144,25 @@ def _of_each_trial(file, rows) -> list[Record]:
         ends[end] = place if before is None else ends.pop(before)[0], record
     placed = sorted((end for ends in trials.values() for end in ends.values()), key=lambda end: end[0])
     return [record for _, record in placed]
+
+
+def read_origins(file: str | os.PathLike[str], study: str) -> dict[str, str]:
+    """Returns the digests that `keep_origins` wrote, by name; none if there is no file, or it has none."""
+    if not os.path.exists(file):
+        return {}
+    with _open(file) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'origins' AND type = 'table'").fetchone():
+            return {}
+        return dict(connection.execute("SELECT name, digest FROM origins WHERE study = ?", (study,)).fetchall())
+
+
+def keep_origins(file: str | os.PathLike[str], digests: dict[str, str], *, study: str) -> None:
+    """Writes digests by name to a file of records, in place of those with the same study and name."""
+    with _open(file, create=True) as connection, connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(_ORIGINS)
+        rows = [(study, name, digest) for name, digest in digests.items()]
+        connection.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?, ?)", rows)
 
 
 def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) -> int:

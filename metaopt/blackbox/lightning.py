@@ -5,7 +5,6 @@ Lightning and torch are imported when a function is called (extra `lightning`).
 
 import hashlib
 import importlib
-import inspect
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from metaopt import _extras, base
 from metaopt.blackbox import _trials
+from metaopt.blackbox._origins import source_text
 
 __all__ = ["ReportFn", "callback", "objective"]
 
@@ -94,7 +94,7 @@ def callback(
     if checkpoints is not None:
         identity = repr((trial.task, sorted(trial.configuration.items()), trial.seed, monitor, mode, version))
         digest = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        folder, source = Path(checkpoints) / f"{trial.trial:06d}-{digest}", _source_text(sources)
+        folder, source = Path(checkpoints) / f"{trial.trial:06d}-{digest}", source_text(sources)
     settings = _Settings(max_epochs, monitor, mode, report, folder, source)
     return type("Epochs", (_Epochs, lightning.Callback), {})(lightning, trial, settings)
 
@@ -316,16 +316,6 @@ def _lightning() -> Any:
 
 def _seed(lightning, trial: base.Record, epoch: int, part: int = 0) -> None:
     lightning.seed_everything((trial.seed + 1_000_003 * (2 * epoch + part)) % 2**32, verbose=False)
-
-
-def _source_text(sources: Sequence[Any]) -> str:
-    texts = []
-    for source in sources:
-        try:
-            texts.append(source if isinstance(source, str) else inspect.getsource(source))
-        except (OSError, TypeError):  # no file has its source
-            continue
-    return "\n".join(texts)
 
 
 def _warn_of_other_source(settings: _Settings) -> None:

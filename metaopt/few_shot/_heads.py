@@ -48,8 +48,9 @@ def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **
 
 def _prototypes(x: jax.Array, hyperparams: Mapping[str, Any], data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The head of `proto_maml` from features [N, D] of the support set."""
-    one_hot = _one_hot(data, x.dtype)
-    means = (one_hot.T @ x) / jnp.maximum(one_hot.sum(0), 1)[:, None]
+    weights = _one_hot(data, x.dtype)
+    total = weights.sum(0)
+    means = (weights.T @ x) / jnp.where(total > 0, total, 1)[:, None]  # a class without rows has the prototype 0
     return {"w": 2 * means.T, "b": -(means**2).sum(-1)}
 
 

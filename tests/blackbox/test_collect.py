@@ -15,10 +15,13 @@ from typing import Any
 
 import black_boxes
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
 import pytest
 
 from metaopt import base, blackbox, spaces
-from metaopt.blackbox import _trials, _workers
+from metaopt.blackbox import _origins, _trials, _workers
 
 TASKS = {"left": -0.5, "right": 0.5}
 KEY = jax.random.key(3)
@@ -338,20 +341,63 @@ def test_progress_counts_trials_and_failures(capsys):
     assert capsys.readouterr().err == ""  # no terminal
 
 
-def test_the_log_counts_stored_trials_which_a_changed_objective_does_not_change(tmp_path, caplog):
+def test_a_changed_objective_is_reported_once_and_returns_the_stored_outcomes(tmp_path, caplog):
     store = tmp_path / "records.db"
     earlier = collect(num_trials=2, store=store)
-    assert caplog.messages == []
+    assert collect(num_trials=2, store=store) == earlier and caplog.messages == []
     changed = lambda trial, task: 7.0
     assert collect(changed, num_trials=2, store=store) == earlier
-    assert caplog.messages == [
-        f"{store} has 4 trials of these tasks, which do not run again. If the objective or the data of a task have "
-        "changed, use another `store` or `study`."
-    ]
-    caplog.clear()
-    collect(changed, num_trials=2, store=store, progress=False)
-    assert caplog.messages == []
+    (message,) = caplog.messages
+    assert message.startswith(f"The source text of the objective has changed since the trials in {store}")
+    assert collect(changed, num_trials=2, store=store) == earlier and len(caplog.messages) == 1
     assert {record.outcome for record in collect(changed, num_trials=2, store=store, study="changed")} == {7.0}
+    assert len(caplog.messages) == 1
+
+
+def test_trials_of_other_data_are_refused(tmp_path):
+    store = tmp_path / "records.db"
+    table = lambda value: {"x": np.array([[value, 2.0]]), "name": "a text"}
+    mean = lambda trial, task: float(task["x"].mean())
+    first = collect(mean, on={"one": table(0.0), "two": table(1.0)}, num_trials=1, store=store)
+    assert collect(mean, on={"two": table(1.0)}, num_trials=1, store=store) == first[1:]
+    with pytest.raises(ValueError, match=r"The data of 'one' have changed since the trials in .*records.db"):
+        collect(mean, on={"one": table(3.0), "two": table(1.0), "three": table(5.0)}, num_trials=2, store=store)
+    assert len(blackbox.read_records(store)) == 2
+    third, fourth = {"three": table(5.0)}, {"one": table(3.0)}
+    collect(mean, on=third, num_trials=1, store=store, budget=1e-9)  # no trial has begun
+    assert collect(mean, on={"three": table(6.0)}, num_trials=1, store=store)[0].outcome == 4.0
+    assert collect(mean, on=fourth, num_trials=1, store=store, study="new")[0].outcome == 2.5
+
+
+def test_a_digest_depends_on_the_numbers_of_a_task_their_types_and_places():
+    x = np.arange(6.0).reshape(2, 3)
+    single = x.astype(np.float32)
+    frame = pd.DataFrame({"a": [1, 2], "b": ["u", None]})
+    same = [
+        [{"x": x, "n": 1}, {"n": 1, "x": np.asfortranarray(x)}, {"x": x, "n": 1, "loader": object()}],
+        [base.Task({"x": single}, None), base.Task({"x": jnp.asarray(single)}, None)],
+        [jax.random.key(0), jax.random.key(0)],
+        [(frame, [1]), (frame.set_index(np.array([4, 5])), [1])],
+    ]
+    digests = []
+    for tasks in same:
+        values = {_origins.digest_of(task) for task in tasks}
+        assert len(values) == 1
+        digests += values
+    others = [
+        {"x": x.reshape(3, 2), "n": 1},
+        {"x": single, "n": 1},
+        {"x": x, "n": 2},
+        {"y": x, "n": 1},
+        {"x": -x, "n": 1},
+        jax.random.key(1),
+        (frame.assign(b=["u", "v"]), [1]),
+        (frame, [2]),
+    ]
+    digests += [_origins.digest_of(task) for task in others]
+    assert None not in digests and len(set(digests)) == len(digests)
+    for unknown in ("path.csv", object(), {1: x, "a": x}, np.array([None]), {}):
+        assert _origins.digest_of(unknown) is None
 
 
 def test_progress_of_one_task_has_the_best_outcome_at_the_full_budget(capsys):
