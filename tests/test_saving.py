@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import types
 import zipfile
 from typing import Any
 
@@ -96,6 +97,7 @@ def test_a_value_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     before = path.read_bytes()
     for value, error, message in (
         ({"train": {}}, TypeError, "cannot save a dict; it saves .*Split"),
+        (types.SimpleNamespace(steps=[3]), TypeError, "cannot save a SimpleNamespace; it saves"),  # not a pipeline
         (tasks.Split({"train": {"letters": {"rows": [np.int64(1)]}}}), ValueError, "`Split` cannot be written as JSON"),
         (tasks.Split({"train": {"letters": [1]}}), ValueError, "is not a split"),  # type: ignore[dict-item]
     ):

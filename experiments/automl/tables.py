@@ -352,7 +352,7 @@ def plot_differences(splits: list[Split], results: dict[str, list[dict]], path: 
     for axis, is_class in zip(axes, (True, False), strict=True):
         rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
         losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in ("metaopt", *others)}
-        for number, name in enumerate(others):
+        for number, name in enumerate(others if rows else ()):
             mean, low, high = _mean_and_bounds(losses[name] - losses["metaopt"])
             axis.errorbar(mean, number, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{number}", markersize=5)
         axis.axvline(0, color="0.6", linewidth=1)
@@ -418,7 +418,8 @@ def main() -> None:
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
     for name in dict.fromkeys(also for result in results["metaopt"] for also in result.get("also", ())):
         results[name] = [_also(result, name) for result in results["metaopt"]]
-    late = [r["fit"] / r["limit"] - 1 for values in results.values() for r in values if "limit" in r]
+    limited = [r for name, values in results.items() if name.startswith("metaopt") for r in values]
+    late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # kept results may be older than the entry
     text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
     families, name = "development families" if args.development else "new families", result_name(args)
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)

@@ -63,7 +63,7 @@ def warn_of_other_order(X, **values) -> None:
         other = getattr(value, "index", None)
         if not isinstance(other, pd.Index) or len(other) != len(index) or other.equals(index):
             continue
-        if other.is_unique and other.isin(index).all():
+        if other.is_unique and set(other) == set(index):  # `isin` of a MultiIndex raises for other labels
             _log.warning(
                 "The index of `%s` has the labels of X in another order. Row k of X is used with value k of `%s`, "
                 "whatever their labels. If the labels are right, pass `%s.loc[X.index]`.",

@@ -104,13 +104,13 @@ def features_of(new_task: Any) -> np.ndarray | None:
                 "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
                 "what `tasks.prepare` returns. With `train_meta_optimizer(datasets=)` of Tables, a Table is enough."
             )
+        elif array.ndim > 1:  # also a frame of numbers
+            advice = " If g was trained with `datasets` of tables or images, pass labels too: `g.predict(x, y)`."
         elif hasattr(features, "columns"):
             advice = (
                 " If g was trained with `datasets` of Tables, make a `tasks.Table` of this frame, too: "
                 "`tasks.fit_encoder` encodes its columns, and `tasks.fit_labels` its labels."
             )
-        elif array.ndim > 1:
-            advice = " If g was trained with `datasets` of tables or images, pass labels too: `g.predict(x, y)`."
         raise ValueError(
             "`new_task` must be a `base.Task` with `features`, those features as an array of numbers [F], or None; got "
             f"{f'shape {np.shape(features)}' if array.ndim else type(features).__name__}.{advice}"

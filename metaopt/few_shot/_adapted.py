@@ -87,14 +87,12 @@ def _check_support(support: Any) -> None:
     """Raises ValueError if a support set has labels of another number, or labels that are texts."""
     if not isinstance(support, Mapping) or not {"x", "y"} <= support.keys():
         return
-    x, y = support["x"], support["y"]
-    if not isinstance(y, jax.Array) and np.asarray(y).dtype.kind in "USO":
+    leaves = [leaf for leaf in jax.tree.leaves(support["y"]) if not isinstance(leaf, jax.Array)]
+    if any(np.asarray(leaf).dtype.kind in "USO" for leaf in leaves):
         raise ValueError(
             'The labels "y" of a support set must be integers from 0; got texts. Number the classes '
             "(`np.unique(y, return_inverse=True)[1]`)."
         )
-    if np.shape(x) and np.shape(y) and np.shape(x)[0] != np.shape(y)[0]:
-        raise ValueError(
-            f'"x" and "y" of a support set must have the same number of rows; got {np.shape(x)[0]} and '
-            f"{np.shape(y)[0]}."
-        )
+    x, y = (getattr(support[name], "shape", ()) for name in ("x", "y"))  # for a user's own loss, both may be trees
+    if x and y and x[0] != y[0]:
+        raise ValueError(f'"x" and "y" of a support set must have the same number of rows; got {x[0]} and {y[0]}.')

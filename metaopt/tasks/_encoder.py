@@ -85,7 +85,7 @@ class TableEncoder(NamedTuple):
         columns are ignored. Otherwise, they are matched by position. The result for a row does not depend on the other
         rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them. The
         log also warns if more than a tenth of the values of a category, and at least 5, are unseen levels. If unseen
-        levels become "(other)", it warns only if no value is a level.
+        levels become "(other)", it warns only if no value is a level. Each message has one of the values.
 
         Args:
           frame: a frame of any type that `fit_encoder` takes.

@@ -104,10 +104,10 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
                 # A damaged header may ask for any number of bytes, but bytes in memory are only as many as there are.
                 pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
         except ValueError as error:
-            faults.append(error)
+            faults.append(str(error))  # the exception would keep the file and its pixels in memory
     if faults:
         more = f" {len(faults) - 5} more files cannot be read." if len(faults) > 5 else ""
-        raise ValueError(f"{' '.join(map(str, faults[:5]))}{more} Repair or remove such files.") from None
+        raise ValueError(f"{' '.join(faults[:5])}{more} Repair or remove such files.")
     if not pixels:
         raise ValueError("`files` is empty.")
     return np.stack(pixels)

@@ -73,7 +73,8 @@ def test_targets_in_another_order_than_the_rows_are_reported(caplog):
     rng = np.random.default_rng(0)
     X, labels = pd.DataFrame({"a": rng.normal(size=40)}), rng.permutation(40)
     y = 2 * X["a"]
-    for other in (y, y.to_numpy()[labels], y.iloc[labels].reset_index(drop=True), y.set_axis(X.index + 1)):
+    pairs = y.set_axis(pd.MultiIndex.from_product([range(8), range(5)]))  # as of `groupby` by two columns
+    for other in (y, y.to_numpy()[labels], y.iloc[labels].reset_index(drop=True), y.set_axis(X.index + 1), pairs):
         automl.AutoRegressor(**QUICK).fit(X, other)
     assert caplog.messages == []
     model = automl.AutoRegressor(**QUICK).fit(X, y.iloc[labels], groups=pd.Series(labels % 9, labels))

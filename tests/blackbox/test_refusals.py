@@ -278,7 +278,13 @@ REFUSALS = [
     # New tasks.
     *(
         (lambda task=task: trained().predict(task), NEW_TASK + got)
-        for task, got in ((TABLE, "Table"), ("iris", "str"), (np.ones((2, 2)), r"shape \(2, 2\)"), (1.0, "float"))
+        for task, got in (
+            (TABLE, "Table"),
+            ("iris", "str"),
+            (np.ones((2, 2)), r"shape \(2, 2\)"),
+            (pd.DataFrame({"size": [1.0, 2.0]}), r"shape \(2, 1\).* pass labels too"),
+            (1.0, "float"),
+        )
     ),
     (lambda: trained().suggest([], [], "iris"), NEW_TASK + "str"),
     (lambda: trained().searcher("iris"), NEW_TASK + "str"),

@@ -435,6 +435,20 @@ def test_leaves_made_by_init_that_do_not_adapt_stay(order):
     np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
 
 
+def test_inputs_and_labels_of_a_support_set_may_be_trees():
+    def line(params, batch):
+        levels, slopes = batch["x"]
+        return levels[:, 0] + params["w"] * slopes
+
+    loss = lambda params, hyperparams, batch: jnp.square(line(params, batch) - batch["y"]["of"]).mean()
+    slopes = jnp.arange(4.0)
+    side = {"x": (jnp.ones((4, 1)), slopes), "y": {"of": slopes}}
+    a = few_shot.maml(loss, num_steps=1, rate=0.1)
+    outputs = jax.jit(few_shot.adapted(a, a.hyperparams({"w": jnp.ones(())}), line))(KEY, side, side)
+    # All errors are 1, so that the gradient is twice the mean slope, 3.
+    np.testing.assert_allclose(outputs, [1 + slopes, 1 + 0.7 * slopes], rtol=1e-10)
+
+
 # ---- What no step changes is computed once ---------------------------------------------------------------------------
 
 
