@@ -166,7 +166,7 @@ def test_new_files_may_have_other_columns_and_another_order(shop, capsys):
     new.drop(columns="code").to_csv(folder / "new.csv", index=False)
     assert _run("predict", folder / "model.npz", folder / "new.csv") == 1
     assert (
-        "has no column 'code', which the model needs. If it was renamed, it is one of 'day', 'y'."
+        "has no column 'code', which the model needs. If it was renamed, it may be 'day', 'y'."
         in capsys.readouterr().err
     )
     new[["code", "x"]].head(0).to_csv(folder / "new.csv", index=False)
