@@ -25,8 +25,8 @@ import jax
 
 from metaopt import _locks, base
 from metaopt._progress import report_progress
-from metaopt.blackbox._random_search import random_search
 from metaopt.blackbox._origins import check_origins
+from metaopt.blackbox._random_search import random_search
 from metaopt.blackbox._records import read_records
 from metaopt.blackbox._trials import ObjectiveFn, end_children, memory_is_known
 from metaopt.blackbox._workers import Isolated, Runner, identity, run_all, run_in_worker, workers

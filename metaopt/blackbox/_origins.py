@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from metaopt.blackbox._records import keep_origins, read_origins
@@ -79,7 +80,7 @@ def _as_array(leaf: Any) -> np.ndarray | None:
             return pandas.util.hash_pandas_object(leaf, index=False).to_numpy()
         except TypeError:  # values that have no hash, such as lists
             return None
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array | bool | int | float | complex):
         return None
