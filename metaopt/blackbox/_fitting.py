@@ -69,10 +69,9 @@ def fit(
 
 @contextlib.contextmanager
 def _without_the_share() -> Iterator[None]:
-    """Drops a warning of `training.fit` that a caller cannot act on.
+    """Drops a warning of `training.fit` on the share of similar tasks, which is not a hyperparameter of the caller.
 
-    With two families, a task gets all its weight from the other one, whatever the share of similar tasks is. So the
-    share does not move.
+    For example, with two families a task gets all its weight from the other one, so the share does not move.
     """
     logger = logging.getLogger("metaopt.training._advice")
     keep = lambda record: "initial values: logit_share." not in record.getMessage()
