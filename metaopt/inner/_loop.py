@@ -140,9 +140,30 @@ def _init(
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
 
+def _constant_state_logged_once() -> Callable[[base.PyTree], None]:
+    """A function that warns, once, that a model state with floating-point leaves stays constant."""
+    logged = []
+
+    def log(model_state):
+        leaves = jax.tree_util.tree_leaves_with_path(model_state)
+        name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+        paths = [name(path) for path, leaf in leaves if _trees.is_float(leaf)]
+        if paths and not logged:
+            logged.append(True)
+            _LOGGER.warning(
+                "The inner loss returns no model state, so the model state keeps its starting values (%s). With "
+                "BatchNorm, the outer loss then uses wrong running statistics. Return the pair (loss, model_state) "
+                "from the inner loss. To keep the state constant, return (loss, context.model_state).",
+                ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""),
+            )
+
+    return log
+
+
 def _loss(
     loss: Callable,
     with_context: bool,
+    log_constant: Callable,
     params: base.Params,
     hyperparams: base.HyperParams,
     batch: base.Batch,
@@ -150,7 +171,11 @@ def _loss(
 ) -> tuple[jax.Array, base.PyTree]:
     """ℓ and the model state after the step."""
     value = loss(params, hyperparams, batch, *([context] if with_context else []))
-    value, model_state = value if with_context and isinstance(value, tuple) else (value, context.model_state)
+    if with_context and isinstance(value, tuple):
+        value, model_state = value
+    else:
+        model_state = context.model_state
+        log_constant(model_state)
     _check_scalar(value, "inner loss")
     return value, model_state
 
@@ -211,7 +236,8 @@ def loop(
     Args:
       loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
         or `-> ([], model_state)`. The context is a `base.Context`: a fresh key, the number of the step and the model
-        state.
+        state. If the loss returns no model state, the state stays constant; a state with floating-point leaves, such as
+        running statistics, then logs a warning.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
         The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. (`optax.inject_hyperparams` freezes
@@ -246,7 +272,7 @@ def loop(
     [1. 2.]
     """
     transform = functools.partial(_transform, optimizer, zero)
-    loss_fn = functools.partial(_loss, loss, with_context)
+    loss_fn = functools.partial(_loss, loss, with_context, _constant_state_logged_once())
     return base.InnerLoop(
         init=functools.partial(_init, init, transform, with_context),
         batch=functools.partial(_batch, _samplers.full_batch() if sampler is None else sampler),

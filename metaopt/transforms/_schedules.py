@@ -119,7 +119,9 @@ def cosine_schedule(
       end_value: the value after `num_steps`.
 
     Returns:
-      A schedule, differentiable in all five numbers.
+      A schedule, differentiable in all five numbers. At a whole number of `warmup_steps`, the peak is exactly at one
+        step. The loss after training then has a kink, and the derivative is that of a shorter warmup. Start between two
+        whole numbers, such as 20.5, to tune the warmup.
 
     Raises:
       ValueError: if the warmup is longer than `num_steps` and neither is traced.

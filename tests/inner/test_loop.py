@@ -102,6 +102,22 @@ def test_a_full_loss_may_leave_the_model_state_out():
     assert state.model_state == {"count": 3}
 
 
+@pytest.mark.parametrize("returned", ["nothing", "state"])
+def test_a_loss_that_omits_running_statistics_logs_one_warning(returned, caplog):
+    def loss(params, hyperparams, batch, context):
+        value = problems.penalized(params, hyperparams, batch)
+        return value if returned == "nothing" else (value, context.model_state)
+
+    init = lambda key, hyperparams, data: (problems.zeros(key, hyperparams, data), {"norm": {"mean": jnp.zeros(2)}})
+    loop = make(loss, init=init, with_context=True)
+    state = loop.init(KEY, LAM, DATA)
+    for _ in range(2):
+        state = inner.step(loop, state, LAM, DATA)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == (returned == "nothing")
+    assert all("norm/mean" in message and "(loss, model_state)" in message for message in messages)
+
+
 def test_the_gradient_is_an_argument_of_the_step():
     loop = make(optimizer=lambda hp: optax.sgd(1.0))
     state = loop.init(KEY, LAM, DATA)
