@@ -367,6 +367,8 @@ def test_trials_of_other_data_are_refused(tmp_path):
     collect(mean, on=third, num_trials=1, store=store, budget=1e-9)  # no trial has begun
     assert collect(mean, on={"three": table(6.0)}, num_trials=1, store=store)[0].outcome == 4.0
     assert collect(mean, on=fourth, num_trials=1, store=store, study="new")[0].outcome == 2.5
+    for study, tasks in (("", {"one": table(0.0)}), ("new", fourth)):  # each study has its own data
+        assert len(collect(mean, on=tasks, num_trials=2, store=store, study=study)) == 2
 
 
 def test_a_digest_depends_on_the_numbers_of_a_task_their_types_and_places():
