@@ -103,9 +103,10 @@ def collect(
         difference of the two fidelities counts as spent.
       store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
         ended in the store is not run again, even if it failed (see `retry_failed`). So `collect` raises an error if
-        the arrays, frames or numbers of a task have changed since then, and the log warns if the source text of the
-        objective has changed. It does not see other changes, such as those of files that the objective reads, or of
-        functions that it calls: then use another `store` or `study`. During a collection, a lock file lies next to
+        the NumPy or JAX arrays, or the pandas frames, in a task (a pytree) have changed since then. The log warns once
+        if the source text of the objective has changed. It sees no other changes, such as those of numbers or other
+        objects in a task, of files that the objective reads, or of functions that it calls: then use another `store`
+        or `study`. During a collection, a lock file lies next to
         the store; its name ends in `.lock`. A killed collection may leave this file behind; it is harmless.
       study: the name of the collection in the store. To continue a collection, call again with the same space,
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
@@ -140,7 +141,7 @@ def collect(
       KeyboardInterrupt: if SIGINT (Ctrl-C) arrived. The store has all trials that were written before. Without a
         store, the records are lost.
       ValueError: if an argument is invalid.
-      ValueError: if the store has this study from another space, searcher or key, or from other numbers of a task,
+      ValueError: if the store has this study from another space, searcher or key, or from other data of a task,
         or another collection of it is running.
       FileNotFoundError: if the folder of the store does not exist.
       RuntimeError: if a child cannot start, or cannot read the objective or a task.
@@ -216,7 +217,7 @@ def _search(
     # A searcher receives the first end of a trial, even if a failed trial was run again.
     last, first = _read_ended(runner, retry_failed)
     if runner.store is not None:
-        check_origins(runner, {record.task for record in first.values()})
+        check_origins(runner, {record.task for record in last.values()})
     if last:
         _log.info("%s has %d trials of these tasks, which do not run again.", runner.store, len(last))
     while searching := [search for search in searches if not search.ended]:

@@ -1,10 +1,11 @@
-"""What the outcomes in a store come from: the numbers of each task, and the source text of the objective.
+"""What the outcomes in a store come from: the arrays of each task, and the source text of the objective.
 
 `collect` reads outcomes of earlier calls. If the data of a task have changed since, they are outcomes of other data. So
-the store keeps a digest of each task's numbers and of the source text, and `check_origins` compares them.
+the store keeps a digest of each task's arrays and of the source text, and `check_origins` compares them.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import logging
@@ -21,7 +22,7 @@ from metaopt.blackbox._workers import Runner
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = "objective"
+_PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")  # of pandas' `infer_dtype`
 
 
 def check_origins(runner: Runner, ended: Collection[str]) -> None:
@@ -32,67 +33,76 @@ def check_origins(runner: Runner, ended: Collection[str]) -> None:
       ended: the names of the tasks that have ended trials in the store.
 
     Raises:
-      ValueError: if the arrays, frames or numbers of a task with ended trials have changed.
+      ValueError: if the arrays or frames of a task with ended trials have changed.
     """
-    digests = {f"task {name}": digest_of(task) for name, task in runner.tasks.items()}
-    text = source_text([runner.objective])
-    digests[_SOURCE] = _digest([text.encode()]) if text else None
     known = read_origins(runner.store, runner.study)
-    other = {name for name, digest in digests.items() if digest is not None and known.get(name, digest) != digest}
+    text = source_text([_with_source(runner.objective)])
+    source = hashlib.blake2b(text.encode(), digest_size=16).hexdigest() if text else None
+    digests = {f"task {name}": digest_of(task) for name, task in runner.tasks.items()}
+    digests |= {f"objective of {name}": source for name in runner.tasks}
+    digests = {name: digest for name, digest in digests.items() if digest is not None}
+    other = {name for name, digest in digests.items() if known.get(name, digest) != digest}
     if changed := [name for name in runner.tasks if f"task {name}" in other and name in ended]:
         raise ValueError(
             f"The data of {', '.join(map(repr, changed[:5]))} have changed since the trials in {runner.store}, whose "
             f"outcomes belong to the earlier data. Use another `store`, or another `study` than {runner.study!r}."
         )
-    if _SOURCE in other and ended:
+    if any(f"objective of {name}" in other for name in ended):
         _log.warning(
             "The source text of the objective has changed since the trials in %s, which do not run again. If it would "
             "return other outcomes now, use another `store`, or another `study` than %r.",
             runner.store,
             runner.study,
         )
-    if new := {name: digest for name, digest in digests.items() if digest is not None and known.get(name) != digest}:
+    if new := dict(digests.items() - known.items()):
         with contextlib.suppress(OSError):  # the store may be read only, if no trial has to run
             keep_origins(runner.store, new, study=runner.study)
 
 
-def digest_of(task: Any) -> str | None:
-    """A digest of the arrays and numbers of a task, with their places in its pytree; None if it has none of them.
+def _with_source(objective: Any) -> Any:
+    """The function or the class whose source text defines an objective."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    return objective if inspect.isroutine(objective) else type(objective)
 
-    Frames and series of pandas count as arrays. Other objects, such as a path or a loader, do not count.
+
+def digest_of(task: Any) -> str | None:
+    """A digest of the arrays of a task, with their places in its pytree; None if it has none.
+
+    Frames and series of pandas count as arrays. Numbers do not count, since they may be settings such as a number of
+    threads. Other objects, such as a path or a loader, do not count either.
     """
     try:
         leaves, _ = jax.tree_util.tree_flatten_with_path(task)
     except (TypeError, ValueError):  # a dict whose keys have no order
         return None
-    parts = []
+    digest, has_array = hashlib.blake2b(digest_size=16), False
     for path, leaf in leaves:
         array = _as_array(leaf)
         if array is not None:
-            parts += [f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode(), array.tobytes()]
-    return _digest(parts) if parts else None
+            has_array = True
+            digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest() if has_array else None
 
 
 def _as_array(leaf: Any) -> np.ndarray | None:
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(leaf, pandas.DataFrame | pandas.Series):
-        try:
-            return pandas.util.hash_pandas_object(leaf, index=False).to_numpy()
-        except TypeError:  # values that have no hash, such as lists
+        columns = [column for _, column in leaf.items()] if isinstance(leaf, pandas.DataFrame) else [leaf]
+        for column in columns:
+            if column.dtype == object and pandas.api.types.infer_dtype(column, skipna=True) not in _PLAIN:
+                return None  # the texts of other objects may have their addresses
+        return pandas.util.hash_pandas_object(leaf, index=False).to_numpy()
+    if isinstance(leaf, jax.Array):
+        if leaf.is_deleted() or not leaf.is_fully_addressable:
             return None
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if not isinstance(leaf, np.ndarray | np.generic | jax.Array | bool | int | float | complex):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, np.ndarray | jax.Array):
         return None
-    array = np.ascontiguousarray(leaf)
+    array = np.asarray(leaf, order="C")
     return None if array.dtype.hasobject else array
-
-
-def _digest(parts: Sequence[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(f"{len(part)} ".encode() + part)
-    return digest.hexdigest()
 
 
 def source_text(sources: Sequence[Any]) -> str:

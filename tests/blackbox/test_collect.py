@@ -376,10 +376,10 @@ def test_a_digest_depends_on_the_numbers_of_a_task_their_types_and_places():
     single = x.astype(np.float32)
     frame = pd.DataFrame({"a": [1, 2], "b": ["u", None]})
     same = [
-        [{"x": x, "n": 1}, {"n": 1, "x": np.asfortranarray(x)}, {"x": x, "n": 1, "loader": object()}],
+        [{"x": x, "n": 1}, {"n": 2, "x": np.asfortranarray(x)}, {"x": x, "n": 1, "loader": object()}],
         [base.Task({"x": single}, None), base.Task({"x": jnp.asarray(single)}, None)],
         [jax.random.key(0), jax.random.key(0)],
-        [(frame, [1]), (frame.set_index(np.array([4, 5])), [1])],
+        [(frame, x), (frame.set_index(np.array([4, 5])), x)],
     ]
     digests = []
     for tasks in same:
@@ -389,16 +389,16 @@ def test_a_digest_depends_on_the_numbers_of_a_task_their_types_and_places():
     others = [
         {"x": x.reshape(3, 2), "n": 1},
         {"x": single, "n": 1},
-        {"x": x, "n": 2},
+        {"x": x, "n": np.array(2)},
         {"y": x, "n": 1},
         {"x": -x, "n": 1},
         jax.random.key(1),
-        (frame.assign(b=["u", "v"]), [1]),
-        (frame, [2]),
+        (frame.assign(b=["u", "v"]), x),
+        (frame, -x),
     ]
     digests += [_origins.digest_of(task) for task in others]
     assert None not in digests and len(set(digests)) == len(digests)
-    for unknown in ("path.csv", object(), {1: x, "a": x}, np.array([None]), {}):
+    for unknown in ("path.csv", 3, object(), {1: x, "a": x}, np.array([None]), {}, pd.DataFrame({"a": [object()]})):
         assert _origins.digest_of(unknown) is None
 
 
