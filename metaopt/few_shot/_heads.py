@@ -77,6 +77,7 @@ def ridge_head(features: Callable, *, loss: Callable = inner.cross_entropy, **op
     where X holds the features and, as in the authors' code, a column of ones for an intercept, which is a row of W. The
     penalty shrinks the intercept too, so subtract the mean from targets that are far from 0. The smaller of the two
     linear systems is solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
+    If the "mask" of a row is a fraction m, the row's square has the weight m.
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
@@ -107,8 +108,10 @@ def _ridge_regression(
             '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (of one target: '
             f"`y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
         )
-    y = _one_hot(data, x.dtype) if classes else data["y"] * data["mask"][:, None]
-    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1) * data["mask"][:, None]
+    # A row of weight m enters the squares as √m (x, y). The square root has no derivative at 0.
+    roots = jnp.where(data["mask"] > 0, jnp.sqrt(jnp.where(data["mask"] > 0, data["mask"], 1)), 0)
+    y = _one_hot({**data, "mask": roots}, x.dtype) if classes else data["y"] * roots[:, None]
+    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1) * roots[:, None]
     ridge = jnp.exp(hyperparams["log_ridge"])
     regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
     if x.shape[0] <= x.shape[1]:

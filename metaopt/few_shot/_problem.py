@@ -18,7 +18,10 @@ from metaopt.few_shot._phase import traced_after_steps
 
 
 class Spec(NamedTuple):
-    """The arguments of `adaptation` that define its problem; losses are in their full form."""
+    """The arguments of `adaptation` that define its problem, with losses in their full form.
+
+    `log_constant` warns of a model state that the loss does not return.
+    """
 
     loss: Callable
     outer_loss: Callable
@@ -35,6 +38,7 @@ class Spec(NamedTuple):
     keep_support: bool
     with_context: bool
     has_rule: bool
+    log_constant: Callable
 
 
 class Carried(NamedTuple):
@@ -110,7 +114,10 @@ def inner_loss(spec: Spec, params, hyperparams, batch, context: base.Context) ->
 def _model_loss(spec: Spec, params, made, hyperparams, batch, context: base.Context) -> tuple[jax.Array, base.PyTree]:
     with traced_after_steps(False):  # ℓ sees a support set, even if it is traced within another adaptation's f
         value = spec.loss(_leaves.fill(params, made, hyperparams["init"]), hyperparams, batch, context)
-    return value if isinstance(value, tuple) else (value, context.model_state)
+    if isinstance(value, tuple):
+        return value
+    spec.log_constant(context.model_state)
+    return value, context.model_state
 
 
 def _halves(spec: Spec, params, made, hyperparams, batch, context: base.Context) -> _jaxpr.Halves | None:

@@ -140,7 +140,7 @@ def _init(
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
 
-def _constant_state_logged_once() -> Callable[[base.PyTree], None]:
+def constant_state_logged_once() -> Callable[[base.PyTree], None]:
     """A function that warns, once, that a model state with floating-point leaves stays constant."""
     logged = []
 
@@ -272,7 +272,7 @@ def loop(
     [1. 2.]
     """
     transform = functools.partial(_transform, optimizer, zero)
-    loss_fn = functools.partial(_loss, loss, with_context, _constant_state_logged_once())
+    loss_fn = functools.partial(_loss, loss, with_context, constant_state_logged_once())
     return base.InnerLoop(
         init=functools.partial(_init, init, transform, with_context),
         batch=functools.partial(_batch, _samplers.full_batch() if sampler is None else sampler),

@@ -37,7 +37,7 @@ def learning_curve(history: Mapping[str, Any], *, axes: "Axes | None" = None, la
 
 
 def hyperparameter_trace(
-    trace: Sequence[base.HyperParams] | base.HyperParams, *, log: bool = True, axes: "Axes | None" = None
+    trace: list[base.HyperParams] | base.HyperParams, *, log: bool = True, axes: "Axes | None" = None
 ) -> "Axes":
     """Plots λ over the outer steps, with one line per entry, named by its path.
 

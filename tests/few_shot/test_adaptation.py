@@ -377,6 +377,21 @@ def test_model_state_is_carried_and_seen():
     np.testing.assert_allclose(((outputs[1] - DATA[1]["y"]) ** 2).mean(), estimate.value, rtol=1e-12)
 
 
+@pytest.mark.parametrize("returned", ["nothing", "state"])
+def test_a_loss_that_omits_running_statistics_logs_one_warning(returned, caplog):
+    def loss(params, hyperparams, batch, context):
+        value = ((params["w"] * (batch["x"] - context.model_state["mean"]) - batch["y"]) ** 2).mean()
+        return value if returned == "nothing" else (value, context.model_state)
+
+    init = lambda key, hp, data: (hp["init"], {"mean": jnp.zeros([])})
+    outer = lambda *args: jax.tree.leaves(loss(*args))[0]
+    a = few_shot.maml(loss, outer_loss=outer, init=init, rate=RATE, with_context=True)
+    a.estimator.estimate(a.hyperparams({"w": jnp.array(0.7)}), jax.tree.map(jnp.asarray, TASK), KEY)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == (returned == "nothing")
+    assert all("mean" in message and "(loss, model_state)" in message for message in messages)
+
+
 def test_leaves_whose_paths_look_alike_are_two():
     params = {"enc/w": jnp.array([2.0]), "enc": {"w": jnp.array([5.0])}, "head": jnp.array([0.1])}
     product = lambda p, _, batch: ((p["enc/w"] * p["enc"]["w"] * p["head"] * batch - 3.0) ** 2).sum()

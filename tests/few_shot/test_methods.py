@@ -111,6 +111,22 @@ def test_the_ridge_head_of_regression():
     assert out.value == pytest.approx(((query @ w - valid["y"]) ** 2).mean(), rel=1e-10)
 
 
+@pytest.mark.parametrize("num", [3, 7])  # fewer and more rows than features
+def test_the_ridge_head_weights_squares_by_a_mask_of_fractions(num):
+    weights = np.array([0.25, 1.0, 0.0, 0.5, 2.0, 1.0, 0.75])[:num]
+    rng = np.random.default_rng(num)
+    valid = {"x": rng.normal(size=(3, DIM)), "y": rng.normal(size=(3, 2)), "mask": np.ones(3)}
+    train = {"x": rng.normal(size=(num, DIM)), "y": rng.normal(size=(num, 2)), "mask": weights}
+    a = few_shot.ridge_head(features, loss=few_shot.mean_squared_error)
+    hyperparams, out = estimate(a, base.Task(train, valid))
+    x, query = (with_ones(side["x"] @ META["map"]) for side in (train, valid))
+    w = np.linalg.solve(x.T @ (weights[:, None] * x) + np.eye(DIM + 1), x.T @ (weights[:, None] * train["y"]))
+    assert out.value == pytest.approx(((query @ w - valid["y"]) ** 2).mean(), rel=1e-10)
+    loop = a.problem.loop
+    total = lambda mask: loop.params(loop.init(KEY, hyperparams, to_jax(train) | {"mask": mask}))["head"]["w"].sum()
+    assert np.isfinite(jax.grad(total)(jnp.asarray(weights))).all()  # also at the weight 0
+
+
 @pytest.mark.once
 def test_imaml_is_the_implicit_derivative_in_closed_form():
     """g = |Xθ − y|²/2N:  θ* = (H + μI)⁻¹ (Xᵀy/N + μλ),  dF/dλ = μ (H + μI)⁻¹ ∇f(θ*)."""
