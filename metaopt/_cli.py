@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--out", type=Path, required=True, help="the file to write")
     fit.add_argument("--time", type=float, default=60.0, help="seconds for the fit (default: 60)")
     fit.add_argument(
-        "--preset", default="balanced", help="instant (one network, however long it takes), balanced (default) or best"
+        "--preset",
+        default="balanced",
+        help="instant (networks, the first however long it takes), balanced (default), best",
     )
     fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
     fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")

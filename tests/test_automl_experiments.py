@@ -131,9 +131,11 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
         raise Stop
 
     monkeypatch.setattr(automl, "AutoClassifier", estimator)
-    args = SimpleNamespace(ablations=False, peers=None, time=60.0, longer=240.0)
+    args = SimpleNamespace(ablations=False, instant=False, peers=None, time=60.0, longer=240.0)
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
     chosen = tables.methods(args)
+    args.instant = True
+    assert set(chosen) - set(tables.methods(args)) == {"metaopt"}  # the preset `instant` is judged without the others
     for name in ("metaopt", "metaopt, 240 s", "metaopt instant"):
         with pytest.raises(Stop):
             chosen[name](split, 0, args)
@@ -147,7 +149,7 @@ def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_metho
     results = {name: [{"loss": value} for value in values] for name, values in losses.items()}
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    tables.plot_differences(splits, results, tmp_path / "picture.png")
+    tables.plot_differences(splits, results, "metaopt", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").is_file()
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["other"]
     for axis, mean, ends in zip(figures[0].axes, (0.4 / 3, 0.35), ((-0.1, 0.3), (0.2, 0.5)), strict=True):
@@ -160,11 +162,15 @@ def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_metho
 
 def test_pages_of_development_families_and_ablations_have_their_own_names():
     names = {
-        tables.result_name(SimpleNamespace(ablations=ablations, fifteen=fifteen, development=development))
-        for ablations, fifteen in ((True, False), (False, True), (False, False))
-        for development in (True, False)
+        tables.result_name(
+            SimpleNamespace(
+                **dict.fromkeys(("ablations", "fifteen", "instant"), False) | {mode: True, "development": dev}
+            )
+        )
+        for mode in ("ablations", "fifteen", "instant", "none")
+        for dev in (True, False)
     }
-    assert len(names) == 6 and "automl_tables" in names
+    assert len(names) == 8 and "automl_tables" in names
 
 
 def test_a_table_of_losses_has_differences_to_metaopt_and_ranks_over_both_problems():

@@ -8,7 +8,7 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --fifteen        # on 15 of the tables, for methods that take long
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on these 15
-    python experiments/automl/tables.py --instant        # only the seconds of `instant`, without and with compilation
+    python experiments/automl/tables.py --instant        # `instant` below 2,000 rows, without the other presets
 
 A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
 tables of the folder that the environment variable METAOPT_DATA names.
@@ -70,6 +70,8 @@ def load(args) -> list[Split]:
             if table.family in names and table.family not in chosen:
                 chosen[table.family] = _split(table, is_class, args.seed)
     splits = [chosen[family] for family in sorted(chosen)]
+    if args.instant:
+        splits = [split for split in splits if len(split.table.y) < 2000]
     if args.smoke:
         return splits[:: max(1, len(splits) // 2)][:2]
     if args.ablations or args.fifteen:  # evenly from the sorted families
@@ -249,6 +251,8 @@ def methods(args) -> dict[str, Callable]:
     }
     if args.ablations:
         return {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
+    if args.instant:
+        del chosen["metaopt"]
     if args.longer is not None:
         chosen[f"metaopt, {args.longer:g} s"] = functools.partial(auto, limit=args.longer)
     if args.peers is not None:
@@ -277,8 +281,8 @@ def loss(predicted: np.ndarray, split: Split) -> tuple[float, float]:
 # --- the page ---
 
 
-def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
-    """Tables of all methods by problem and by size, with paired differences to metaopt, and ranks over all."""
+def report(splits: list[Split], results: dict[str, list[dict]], reference: str = "metaopt") -> str:
+    """Tables of all methods by problem and by size, with paired differences to a method, and ranks over all."""
     parts, ranks = [], []
     for is_class in (True, False):
         rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
@@ -291,12 +295,12 @@ def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
         unit = "test log loss" if is_class else "test RMSE / deviation"
         inside = {name: (sizes >= low) & (sizes < high) for name, (low, high) in SIZES.items()}
         header = [f"{len(rows)} tables", unit, "mean rank", *(f"{n} ({m.sum()})" for n, m in inside.items())]
-        header += ["s to fit", "s to predict", "difference to metaopt [95 %]"]
+        header += ["s to fit", "s to predict", f"difference to {reference} [95 %]"]
         table = []
         for name, values in losses.items():
             seconds = [np.mean([results[name][i].get(part, 0.0) for i in rows]) for part in ("fit", "predict")]
             by_size = [f"{values[m].mean():.4f}" if m.any() else "" for m in inside.values()]
-            difference = _interval(values - losses["metaopt"])
+            difference = _interval(values - losses[reference])
             cells = [
                 f"{values.mean():.4f}",
                 f"{mean_ranks[name]:.2f}",
@@ -308,9 +312,9 @@ def report(splits: list[Split], results: dict[str, list[dict]]) -> str:
         parts.append(("Classification" if is_class else "Regression") + "\n\n" + script.table(header, table))
     joined = dict(zip(results, np.concatenate(ranks, axis=1), strict=True))
     table = [
-        [name, f"{rank.mean():.2f}", _interval(rank - joined["metaopt"], digits=2)] for name, rank in joined.items()
+        [name, f"{rank.mean():.2f}", _interval(rank - joined[reference], digits=2)] for name, rank in joined.items()
     ]
-    header = [f"all {len(splits)} tables", "mean rank", "difference to metaopt [95 %]"]
+    header = [f"all {len(splits)} tables", "mean rank", f"difference to {reference} [95 %]"]
     return "\n\n".join([*parts, "Ranks over both problems\n\n" + script.table(header, table)])
 
 
@@ -340,24 +344,24 @@ def plot(splits: list[Split], results: dict[str, list[dict]], path: Path) -> Non
     pyplot.close(figure)
 
 
-def plot_differences(splits: list[Split], results: dict[str, list[dict]], path: Path) -> None:
-    """Each method is a point with an interval: its mean loss minus that of metaopt; metaopt is better on the right."""
+def plot_differences(splits: list[Split], results: dict[str, list[dict]], reference: str, path: Path) -> None:
+    """Each method is a point with an interval: its mean loss minus that of the reference. Larger is worse."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    others = [name for name in results if name not in ("metaopt", "class shares or mean")]
+    others = [name for name in results if name not in (reference, "class shares or mean")]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 1.2 + 0.25 * len(others)), layout="constrained", sharey=True)
     for axis, is_class in zip(axes, (True, False), strict=True):
         rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
-        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in ("metaopt", *others)}
+        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in (reference, *others)}
         for number, name in enumerate(others if rows else ()):
-            mean, low, high = _mean_and_bounds(losses[name] - losses["metaopt"])
+            mean, low, high = _mean_and_bounds(losses[name] - losses[reference])
             axis.errorbar(mean, number, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{number}", markersize=5)
         axis.axvline(0, color="0.6", linewidth=1)
         kind = "log loss" if is_class else "RMSE / deviation"
-        axis.set(xlabel=f"test {kind} minus that of metaopt", yticks=range(len(others)), yticklabels=others)
+        axis.set(xlabel=f"test {kind} minus that of {reference}", yticks=range(len(others)), yticklabels=others)
         axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
@@ -391,7 +395,7 @@ def main() -> None:
     parser.add_argument(
         "--ablations", action="store_true", help="the estimator without one of its parts, on the fifteen"
     )
-    parser.add_argument("--instant", action="store_true", help="only the seconds of `instant`")
+    parser.add_argument("--instant", action="store_true", help="`instant` below 2,000 rows, without other presets")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--longer", type=float, default=None, help="add metaopt with this limit of seconds")
     parser.add_argument("--tables", type=int, default=None, help="only the first ones")
@@ -405,32 +409,35 @@ def main() -> None:
     if args.export is not None:
         export(splits, args.export)
         return
-    if args.instant:
-        script.publish(
-            __file__, "Seconds of the preset `instant`", instant_seconds(splits, args), args, name="automl_instant"
-        )
-        return
     results: dict[str, list[dict]] = {name: [] for name in chosen}
     with report_progress(len(splits) * len(chosen), None, "{table}, {method}", table="", method="") as progress:
         for number, split in enumerate(splits):
             for count, (name, method) in enumerate(chosen.items()):
                 results[name].append(_once(split, name, method, args))
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
-    for name in dict.fromkeys(also for result in results["metaopt"] for also in result.get("also", ())):
-        results[name] = [_also(result, name) for result in results["metaopt"]]
+    reference = "metaopt instant" if args.instant else "metaopt"
+    for name in dict.fromkeys(also for result in results[reference] for also in result.get("also", ())):
+        results[name] = [_also(result, name) for result in results[reference]]
     limited = [r for name, values in results.items() if name.startswith("metaopt") for r in values]
     late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # kept results may be older than the entry
-    text = report(splits, results) + f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
+    text = report(splits, results, reference)
+    text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
+    if args.instant:
+        text += f"\n\n{instant_seconds(splits, args)}"
     families, name = "development families" if args.development else "new families", result_name(args)
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke:
-        draw = plot_differences if args.ablations or args.fifteen else plot
-        draw(splits, results, args.out / f"{name}.png")
+        path = args.out / f"{name}.png"
+        if args.ablations or args.fifteen or args.instant:
+            plot_differences(splits, results, reference, path)
+        else:
+            plot(splits, results, path)
 
 
 def result_name(args) -> str:
     """Returns the name of the page; development families have a separate one."""
-    name = "automl_ablations" if args.ablations else "automl_fifteen" if args.fifteen else "automl_tables"
+    modes = ("ablations", "fifteen", "instant")
+    name = next((f"automl_{mode}" for mode in modes if getattr(args, mode)), "automl_tables")
     return name + ("_development" if args.development else "")
 
 

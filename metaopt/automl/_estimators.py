@@ -248,8 +248,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
-      preset: "instant" (only the network with g's hyperparameters, however long it takes), "balanced" (14 models, and
-        CatBoost if it is installed) or "best" (8 more).
+      preset: "instant" (only the network: with g's hyperparameters, however long it takes, and with up to 7 draws
+        around them in the rest of the time), "balanced" (14 models, and CatBoost if it is installed) or "best" (8
+        more).
       eval_metric: the score that the weights maximize: "log_loss" (default), "accuracy", "balanced_accuracy" or
         "roc_auc".
       models: the kinds of models to use, one or several of "network", "linear", "lightgbm", "xgboost", "catboost",

@@ -108,11 +108,11 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
             extra = "catboost" if package == "catboost" else "automl"
             raise ImportError(f"The model {kind} needs {package}: {_extras.hint(extra)}.")
     members = _members(problem, num_rows)
-    if preset != "best":
-        members = [member for member in members if not member.name.endswith("*")]
-    if preset == "instant":
+    if preset == "instant":  # the draws of the network share one compiled program
         first = {member.kind: member for member in reversed(members)}
-        members = [member for member in members if member is first[member.kind]]
+        members = [member for member in members if "draw" in member.settings or member is first[member.kind]]
+    elif preset == "balanced":
+        members = [member for member in members if not member.name.endswith("*")]
     return [m._replace(name=m.name.rstrip("*")) for m in members if m.kind in kinds]
 
 

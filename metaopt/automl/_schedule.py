@@ -197,7 +197,8 @@ class _Run:
                 rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
         if not rates and not self.parts:  # a late result is better than none
             rates = {name: -self.seconds(member) for name, (_, member) in self.waiting.items()}
-            for name in sorted(rates, key=rates.__getitem__)[-1:]:
+            if rates:
+                name = max(rates, key=rates.__getitem__)  # of equally fast ones, the first of the portfolio
                 message = "the time limit is too short for any model; %s is fitted all the same, in about %.0f s"
                 _log.warning(message, name, -rates[name])
         return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
