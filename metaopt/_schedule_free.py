@@ -1,6 +1,6 @@
-"""The states of `optax.contrib.schedule_free` within a state of any optimizer.
+"""The states of `optax.contrib.schedule_free` and `optax.inject_hyperparams` within a state of any optimizer.
 
-Such a state holds z. The gradient is taken at the parameters y, and the average is x = (y - (1 - b1) z) / b1.
+A schedule-free state holds z. The gradient is taken at the parameters y, and the average is x = (y - (1 - b1) z) / b1.
 Under `optax.masked` or `optax.partition`, z has `optax.MaskedNode` in place of the parameters of the others.
 """
 
@@ -64,18 +64,52 @@ def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base
         ) from error
 
 
+def check_is_last(tree: base.PyTree) -> None:
+    """Raises ValueError if a transform follows a schedule-free one in an `optax.chain`: z would not know its changes.
+
+    Args:
+      tree: the state of an optimizer. The state of a chain is a plain tuple.
+    """
+    if type(tree) is tuple and any(map(states, tree[:-1])):
+        raise ValueError(
+            "`optax.contrib.schedule_free` must be the last transform of its `optax.chain`. A later transform changes "
+            "the updates, and the average of the parameters would be wrong. Put it into the optimizer that "
+            "`schedule_free` wraps."
+        )
+    for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
+        if child is not tree:
+            check_is_last(child)
+
+
+def _is_injected(x: Any) -> bool:
+    return isinstance(x, optax.InjectStatefulHyperparamsState)
+
+
+def keeps_hyperparams(tree: base.PyTree) -> bool:
+    """Whether the state of an optimizer holds hyperparameters of its factory, which `refreshed` replaces."""
+    is_either = lambda x: _is_state(x) or _is_injected(x)
+    return any(map(is_either, jax.tree.leaves(tree, is_leaf=is_either)))
+
+
 def refreshed(tree: base.PyTree, fresh: base.PyTree) -> base.PyTree:
-    """Replaces b1 in schedule-free states: optax keeps the first one there, but steps with that of the current factory.
+    """Replaces the hyperparameters that optax keeps in a state: b1 of schedule-free, and those that are injected.
+
+    They are those of the λ with which the state was made. λ may have changed since then.
 
     Args:
       tree: the state of an optimizer.
       fresh: a state that was made with the current hyperparameters.
 
     Returns:
-      `tree` with the b1 of `fresh`.
+      `tree` with the hyperparameters of `fresh`.
     """
-    replaced = lambda x, new: x._replace(b1=new.b1) if _is_state(x) else x
-    return jax.tree.map(replaced, tree, fresh, is_leaf=_is_state)
+
+    def replaced(x, new):
+        if _is_injected(x):
+            return x._replace(hyperparams=new.hyperparams, inner_state=refreshed(x.inner_state, new.inner_state))
+        return x._replace(b1=new.b1) if _is_state(x) else x
+
+    return jax.tree.map(replaced, tree, fresh, is_leaf=lambda x: _is_state(x) or _is_injected(x))
 
 
 def shifted(tree: base.PyTree, shift: base.Params) -> base.PyTree:

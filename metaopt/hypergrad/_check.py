@@ -126,7 +126,7 @@ def check(
     another direction. It tries smaller distances (down to 1e-5 ε), since F may have a kink nearby, and larger ones (up
     to 1e3 ε), since rounding may hide the slope. A leaf is
 
-    - "right" if the slope of F is known to `rtol` and the hypergradient agrees to `rtol`;
+    - "right" if the slope of F is known to `rtol`, the hypergradient agrees to `rtol`, and F does not jump nearby;
     - "wrong" if they disagree by more than `rtol` and the uncertainty together;
     - "zero" if the hypergradient is zero up to rounding, and F is flat;
     - "dead" if the hypergradient is zero, and F is not flat;
@@ -247,7 +247,7 @@ def compared(kind: str, point: Point, num_directions: int, radius: float) -> Che
     """The result of `check`, from the hypergradients at λ and the values of F next to it."""
     rng = np.random.default_rng(0)
     with np.errstate(invalid="ignore", over="ignore"):
-        leaves = [_check_leaf(point, rng, i) for i in range(len(point.center))]
+        leaves = [_check_leaf(point, rng, i, radius) for i in range(len(point.center))]
         cosine, uphill, metasmoothness = _check_directions(point, rng, num_directions, radius)
     verdict = _verdict(kind, leaves, uphill)
     message = _advice(kind, leaves, uphill, metasmoothness, point.narrow, point.rtol)
@@ -317,7 +317,7 @@ def _leaf_directions(point: Point, rng: np.random.Generator, index: int) -> list
     return [[*zeros[:index], signs[i], *zeros[index + 1 :]] for i in best]
 
 
-def _check_leaf(point: Point, rng: np.random.Generator, index: int) -> LeafCheck:
+def _check_leaf(point: Point, rng: np.random.Generator, index: int, radius: float) -> LeafCheck:
     """Compares slopes within one leaf; tries a second direction if the first is inconclusive."""
     path, norm = point.paths[index], float(np.linalg.norm(point.grads[index].mean(0)))
     if not np.isfinite([norm, point.value]).all():
@@ -330,6 +330,8 @@ def _check_leaf(point: Point, rng: np.random.Generator, index: int) -> LeafCheck
         size = max(abs(claimed), abs(slope.value), 1e-300)
         error = max(0.0, abs(claimed - slope.value) - slope.uncertainty) / size
         status, note = _judge(point, norm, claimed, standard_error, slope, tried)
+        if status in ("right", "zero") and slope.step < tried[0].step:
+            status, note = _judge_jumps(point, function, radius, slope.value, tried[0].step, (status, note))
         if leaf is None or status != "inconclusive":
             numbers = (norm, claimed, slope.value, slope.uncertainty, error, standard_error)
             leaf = LeafCheck(path, *numbers, status, note)
@@ -362,6 +364,22 @@ def _judge(
     if slope.step < tried[0].step:
         return "right", f"F has a kink or a sharp bend within {tried[0].step:.1g}; the step is {slope.step:.1g}"
     return "right", ""
+
+
+def _judge_jumps(
+    point: Point, function: Callable, radius: float, slope: float, step: float, judged: tuple[str, str]
+) -> tuple[str, str]:
+    """The status and the note of a leaf whose slope holds only within a fraction of the step: does F jump there?
+
+    Between its jumps, F may be smooth, and its derivative leaves the jumps out. The derivative is of no use if the
+    slope of F over the radius is another one.
+    """
+    far = (function(radius) - function(-radius)) / (2 * radius)
+    ratio = slope / far if far else np.inf
+    if 0.5 <= ratio <= 2 or not _slopes.jumps(function, point.value, step, point.noise):
+        return judged
+    note = f"F jumps within {step:.1g}; its slope is {slope:.3g} between jumps and {far:.3g} over the radius {radius:g}"
+    return ("dead" if judged[0] == "zero" else "inconclusive"), note
 
 
 def _cause(point: Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
@@ -444,6 +462,11 @@ def _advice(
 
 def _inconclusive(leaf: LeafCheck) -> str:
     """One sentence about an inconclusive leaf, with a way to decide it."""
+    if leaf.note.startswith("F jumps"):
+        return (
+            f"{leaf.path} is inconclusive: {leaf.note}. The hypergradient leaves out the jumps, such as those of a "
+            "random mask whose probability depends on λ."
+        )
     size = max(abs(leaf.hypergrad), abs(leaf.finite_difference), 1e-300)
     hidden = (leaf.uncertainty + 3 * leaf.standard_error) / size
     way_out = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"

@@ -101,6 +101,31 @@ def at_best_step(
     return min(precise, key=lambda s: s.step) if precise else min(tried, key=lambda s: s.uncertainty), tried
 
 
+def jumps(function: Callable[[float], float], center: float, step: float, noise: float) -> bool:
+    """Whether φ jumps within a step on one of its sides.
+
+    Bisection keeps the half with the larger change. After 20 halvings, a continuous φ changes by about 2^-20 of the
+    first change. If φ jumps, some jump remains.
+
+    Args:
+      function: φ.
+      center: φ(0).
+      step: h, positive.
+      noise: the relative rounding error of one value of φ.
+    """
+    for end in (step, -step):
+        ends, values = [0.0, end], [center, function(end)]
+        change = abs(values[1] - values[0])
+        for _ in range(20):
+            middle = sum(ends) / 2
+            value = function(middle)
+            replaced = int(abs(value - values[0]) > abs(values[1] - value))  # 1: the change is nearer to λ
+            ends[replaced], values[replaced] = middle, value
+        if abs(values[1] - values[0]) > max(1e-3 * change, 1e3 * noise * abs(center)):
+            return True
+    return False
+
+
 def noise(tried: list[Slope]) -> float:
     """The noise of φ, or 0 if the uncertainty has another cause: noise in φ adds noise/h at each step h."""
     smallest = sorted(tried, key=lambda s: s.step)[:3]

@@ -137,6 +137,7 @@ def _init(
     params, model_state = _trees.strong((params, model_state))
     with _checks.explained_schedules("optimizer"):
         opt_state = _trees.strong(transform(hyperparams).init(params))
+    _schedule_free.check_is_last(opt_state)
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
 
@@ -190,9 +191,10 @@ def _update(
     """One step of the optimizer."""
     with _checks.explained_schedules("optimizer"):
         optimizer = transform(hyperparams)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        if _schedule_free.states(opt_state):
+        opt_state = state.opt_state
+        if _schedule_free.keeps_hyperparams(opt_state):
             opt_state = _schedule_free.refreshed(opt_state, optimizer.init(state.params))
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     opt_state, model_state = _like(opt_state, state.opt_state), _like(model_state, state.model_state)
     new_state = LoopState(params, opt_state, model_state, state.key, state.step + 1)
@@ -240,10 +242,10 @@ def loop(
         running statistics, then logs a warning.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
-        The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. (`optax.inject_hyperparams` freezes
-        λ into the state; do not use it here.) With `optax.contrib.schedule_free`, gradients are taken at the training
-        parameters, and the outer loss and `loop.params` get the evaluation parameters. No other transform may change
-        its updates, so it must be the last one of an `optax.chain`.
+        The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. `optax.inject_hyperparams` is not
+        needed; each step replaces the values in its state by those of λ. With `optax.contrib.schedule_free`, gradients
+        are taken at the training parameters, and the outer loss and `loop.params` get the evaluation parameters. No
+        other transform may change its updates, so it must be the last one of an `optax.chain`.
       init: `(key, hyperparams, data) -> params`. It may take θ from λ (MAML), and may ignore its arguments. With
         `with_context`, `-> (params, model_state)`.
       sampler: selects the rows of each step, such as `inner.minibatch(64)`. By default each step gets all of the data.

@@ -359,7 +359,7 @@ def _check_effect(
     masked = [path for path, node in nodes if _is_masked(node)]
     kept = [path for path, node in nodes if not _is_masked(node)]
     unused = [
-        jax.tree_util.keystr(path) or "itself"
+        jax.tree_util.keystr(path)
         for path, is_used in zip(paths, used, strict=True)
         if not is_used and not (_belongs_to(path, masked) and not _belongs_to(path, kept))
     ]
@@ -368,8 +368,9 @@ def _check_effect(
             " Some parameters are masked out here. Keep hyperparameters of only those parameters outside, too, unless "
             "they are at the paths of these parameters in λ."
         )
+        leaves = f"The leaves {', '.join(unused)} of λ do not change" if any(unused) else "λ does not change"
         raise ValueError(
-            f"The leaves {', '.join(unused)} of λ do not change the updates. `factory` does not use them, or its "
+            f"{leaves} the updates. `factory` does not use them, or its "
             "optimizer keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
             "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
             f"`inject_hyperparams` works.{hint if masked else ''}"

@@ -208,6 +208,21 @@ def test_a_kink_near_lambda_is_avoided_and_reported():
     np.testing.assert_allclose(report.leaves[0].finite_difference, report.leaves[0].hypergrad, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("scale", "status"), [(1.0, "inconclusive"), (0.0, "dead")])
+def test_a_random_mask_whose_rate_is_in_lambda_does_not_pass(scale, status):
+    """F is about (scale · h − 2) h. Between the jumps, its slope has the wrong sign, or is zero."""
+    draws = jax.random.uniform(jax.random.key(0), (100_000,))
+    masked = lambda h: (scale * h - 2.0) * (draws < h).mean()
+    report = CHECK(of_function(masked), jnp.array(0.4), problems.TASK)
+    assert not report.passed and [leaf.status for leaf in report.leaves] == [status]
+    assert ("random mask" in report.message) == (status == "inconclusive")
+
+
+def test_few_jumps_that_do_not_change_the_slope_over_the_radius_pass():
+    report = CHECK(of_function(lambda h: 3 * h + 1e-6 * (h > 1.00001)), jnp.array(1.0), problems.TASK)
+    assert report.passed and "kink or a sharp bend" in report.leaves[0].note
+
+
 @pytest.mark.parametrize(("slope", "status"), [(0.5, "inconclusive"), (2.0, "inconclusive"), (4.5, "wrong")])
 def test_a_kink_at_lambda_is_inconclusive_unless_the_slope_is_on_neither_side(slope, status):
     # The slopes are 0 on the left and 2 on the right.

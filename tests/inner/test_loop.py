@@ -427,6 +427,37 @@ def test_averages_of_a_batch_of_states_have_their_own_weights():
     chex.assert_trees_all_close(loop.params(states), jax.vmap(loop.params)(states), rtol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda adam: adam, lambda adam: optax.chain(optax.identity(), adam), lambda adam: optax.MultiSteps(adam, 2)],
+)
+def test_injected_hyperparameters_are_those_of_the_current_lambda(wrap):
+    """`optax.inject_hyperparams` keeps them in its state, where they would stay those of the first step."""
+    plain, injected = (
+        _schedule_free_loop(lambda hp, make=make: wrap(make(hp["rate"], b1=hp["b1"])))
+        for make in (optax.adam, optax.inject_hyperparams(optax.adam))
+    )
+    start = {"rate": 0.1, "b1": 0.9}
+    states = [loop.init(KEY, start, None) for loop in (plain, injected)]
+    for rate, b1 in ((0.1, 0.9), (0.3, 0.5), (0.02, 0.8), (0.2, 0.7)):
+        hp = {"rate": jnp.array(rate), "b1": jnp.array(b1)}
+        states = [inner.step(loop, s, hp, None) for loop, s in zip((plain, injected), states, strict=True)]
+        chex.assert_trees_all_close(*(state.params for state in states), rtol=1e-12)
+
+
+def test_no_transform_may_follow_a_schedule_free_one():
+    follows = {
+        "chain": lambda hp: optax.chain(_free(0.1), optax.scale(0.5)),
+        "nested": lambda hp: optax.chain(optax.identity(), optax.chain(_free(0.1), optax.scale(0.5))),
+        "partition": lambda hp: optax.partition(
+            {"x": optax.chain(_free(0.1), optax.scale(0.5)), "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}
+        ),
+    }
+    for optimizer in follows.values():
+        with pytest.raises(ValueError, match="must be the last transform"):
+            _schedule_free_loop(optimizer).init(KEY, (), None)
+
+
 def test_the_average_uses_the_current_weight_of_a_carried_state():
     loop = _schedule_free_loop(lambda hp: optax.chain(optax.identity(), optax.contrib.schedule_free_sgd(0.1, b1=hp)))
     x = y = z = 0.0

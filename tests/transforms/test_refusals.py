@@ -151,6 +151,10 @@ REFUSED = [
         r"\['rate'\] of λ do not change the updates.*`optax.inject_hyperparams` does",
     ),
     (lambda: tuned_update(jnp.ones(2), forgotten()), r"The leaves \['decay'\] of λ do not change"),
+    (
+        lambda: tuned_update(jnp.ones(2), transforms.self_tuning(lambda hp: optax.sgd(0.1), 0.1, optax.sgd(0.1))),
+        "λ does not change the updates",
+    ),
     (update_of_one_of_a_pair, r"The leaves \['w'\] of λ do not change.* Some parameters are masked out"),
     *(  # λ whose parameters are all masked out
         (
