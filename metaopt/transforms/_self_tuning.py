@@ -51,7 +51,7 @@ def self_tuning(
     is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
     These two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
-    parameters little, such as a weight decay, is then hardly tuned. With "cosine" each λ moves by the cosine of its own
+    parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each λ moves by the cosine of its own
     effect, independently of the effect's size. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ
     (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its square.
 
@@ -63,7 +63,7 @@ def self_tuning(
     each move: λ ← P(λ). It receives all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
-        lambda hp: {**hp, "decay": jnp.minimum(hp["decay"], 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
+        lambda hp: {**hp, "decay": jnp.clip(hp["decay"], 1e-4, 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
 
     With the second example, a decay removes at most the whole of a parameter in a step. So it cannot move a parameter
     further from zero than it was. If P(λ) = λ, the projection changes nothing.
