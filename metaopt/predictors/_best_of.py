@@ -56,8 +56,9 @@ def best_of(
                 "`predictor` must predict a spread; make it with `spread`, such as `predictors.mlp(..., spread=0.5)`."
             )
         noise = _proposals.noise(draw_key, normal.center, num_proposals)
-        values = _proposals.values(estimator, run_key, _proposals.candidates(normal, noise), task, chunk)
-        best = jnp.argmin(_proposals.ranked(values))
+        candidates = _proposals.candidates(normal, noise)
+        values, excluded = _proposals.values(estimator, run_key, candidates, task, chunk)
+        best = jnp.argmin(_proposals.ranked(values, excluded))
         best_noise = jax.tree.map(lambda e: e[best], noise)
 
         def best_draw(meta_params):
