@@ -20,8 +20,9 @@ def best_of(
     This is exact for the given draws, except where two candidates have equal values. So F is a sample, also over the
     draws, and its mean over keys is the expected outer loss of the best of K. It costs K training runs without a
     hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first candidate is the
-    predicted center, and a candidate with non-finite F is the best only if all are. The key and the draws are new in
-    each estimate. Wrap the result in `hypergrad.over_tasks`.
+    predicted center, and a candidate with non-finite F is the best only if all are. A candidate with more non-finite
+    seeds than another one is not the best. The key and the draws are new in each estimate. Wrap the result in
+    `hypergrad.over_tasks`.
 
     To start from a predictor that was trained by `amortize`, add its weights: `wide.init(key) | meta_params`, where
     `wide` is the same predictor with `spread`.
