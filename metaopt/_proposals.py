@@ -1,7 +1,6 @@
 """Draws around a predicted λ, and their outer losses under one key; `training` and `predictors` share them."""
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +99,23 @@ def candidates(normal: Normal, noise: base.HyperParams) -> base.HyperParams:
     return jax.tree.map(shifted, normal.center, normal.spread, noise)
 
 
+def num_excluded(metrics: Mapping[str, Any]) -> jax.Array:
+    """The tasks and seeds that a mean leaves out because they are not finite, up to a constant of the estimator.
+
+    Args:
+      metrics: of an estimate, perhaps by `hypergrad.over_tasks` or `hypergrad.over_seeds`.
+
+    Returns:
+      []; only its differences between λ have a meaning.
+    """
+    return jnp.asarray(metrics.get("num_nonfinite", 0.0) - metrics.get("num_finite_seeds", 0.0), float)
+
+
+def value_and_excluded(estimate: base.Estimate) -> tuple[jax.Array, jax.Array]:
+    """F and `num_excluded` of an estimate, as `ranked` takes them."""
+    return estimate.value, num_excluded(estimate.metrics)
+
+
 def values(
     estimator: base.Estimator,
     key: jax.Array,
@@ -107,7 +123,7 @@ def values(
     task: base.Task,
     chunk: int | None,
     *,
-    read: Callable[[base.Estimate], Any] = operator.attrgetter("value"),
+    read: Callable[[base.Estimate], Any] = value_and_excluded,
 ) -> Any:
     """F of every candidate, from a fresh start with one key.
 
@@ -123,7 +139,7 @@ def values(
       read: the parts of an estimate to return.
 
     Returns:
-      [K] outer losses; or what `read` returns, with a leading axis [K].
+      The result of `read` with a leading axis [K]; by default F and the excluded tasks and seeds, for `ranked`.
     """
     num = len(jax.tree.leaves(candidates)[0])
     chunk = num if chunk is None else min(chunk, num)
@@ -140,6 +156,19 @@ def values(
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
-def ranked(values: jax.Array) -> jax.Array:
-    """The values, with ∞ in place of those that are not finite, so that these are never the smallest."""
-    return jnp.where(jnp.isfinite(values), values, jnp.inf)
+def ranked(values: jax.Array, excluded: jax.Array) -> jax.Array:
+    """The values, with ∞ in place of those that must not be the smallest.
+
+    These are the values that are not finite, and the means that leave out more tasks or seeds than others: without the
+    tasks that diverge, a mean may be small because the hardest tasks diverge.
+
+    Args:
+      values: [K] outer losses.
+      excluded: [K] from `num_excluded`.
+
+    Returns:
+      [K].
+    """
+    finite = jnp.isfinite(values)
+    fewest = jnp.min(jnp.where(finite, excluded, jnp.inf))
+    return jnp.where(finite & (excluded <= fewest), values, jnp.inf)

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -143,6 +144,8 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
         network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
         structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get the types of
         the template, and all others must have them. The file has everything else: all other types take the path only.
+        A dict of arrays does not identify its network: with another normalization, the same weights predict something
+        else. A node of another type is rejected, and other settings of a module of Equinox or NNX give a warning.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -241,7 +244,7 @@ def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, array in arrays.items():
         if array.dtype.kind in "fc":
             _files.check_finite(name, array, infinite=True)  # such as the best value of a new `reduce_on_plateau`
-    return {"keys": keys} if keys else {}, arrays
+    return {"nodes": _nodes("leaf", value)} | ({"keys": keys} if keys else {}), arrays
 
 
 def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> Any:
@@ -253,6 +256,8 @@ def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> An
     others = {name: dtype for name, dtype in types.items() if not jnp.issubdtype(dtype, jnp.floating)}
     expected = {name: tuple(np.shape(leaf)) for name, leaf in stored.items()}
     arrays = file.floats(expected, others=others, infinite=True)
+    if "nodes" in header:  # older files do not have it
+        _check_nodes(header["nodes"], _nodes("leaf", like))
     keys = header.get("keys", {})
     loaded = {name: _like(name, arrays[name], leaf, keys.get(name)) for name, leaf in templates.items()}
     return tree_from_leaves("leaf", loaded, like)
@@ -272,6 +277,47 @@ def _like(name: str, array: np.ndarray, template: Any, implementation: str | Non
     if key.dtype != template.dtype:
         raise ValueError(f"the array {name} should be of type {template.dtype}, and is {key.dtype}")
     return key
+
+
+def _nodes(name: str, tree: Any) -> dict[str, Any]:
+    """Name -> [type, settings] of the nodes with leaves, except for plain containers. `settings` maps to texts.
+
+    A layer normalization and a group normalization have arrays of the same names and shapes. Only the type of the node
+    and settings such as the number of groups differ.
+    """
+    children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    if not children or not children[0][0]:
+        return {}
+    below = [_nodes(name + jax.tree_util.keystr(path), child) for path, child in children]
+    nodes = {key: node for part in below for key, node in part.items()}
+    if isinstance(tree, Mapping | list) or type(tree) is tuple or not jax.tree.leaves(tree):
+        return nodes
+    leaves = {jax.tree_util.keystr(path, simple=True) for path, _ in children}
+    attributes = getattr(tree, "__dict__", {}).items()
+    settings = {key: repr(x) for key, x in attributes if key not in leaves and _is_setting(x)}
+    return {name: [type(tree).__qualname__, settings]} | nodes
+
+
+def _is_setting(x: Any) -> bool:
+    # Without booleans: many of them are switches between training and evaluation.
+    return type(x) in (int, float, str) or (type(x) is tuple and all(map(_is_setting, x)))
+
+
+def _check_nodes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ValueError if a node of `like` has another type than in the file. Warns if settings differ."""
+    plain = ["plain container", {}]
+    for name in {**stored, **own}:
+        (its_type, its_settings), (own_type, own_settings) = stored.get(name, plain), own.get(name, plain)
+        if its_type != own_type:
+            raise ValueError(f"{name} is a {its_type} in the file and a {own_type} in `like`")
+        different = [key for key in own_settings if its_settings.get(key, own_settings[key]) != own_settings[key]]
+        if different:
+            texts = [f"`{key}` is {own_settings[key]} (in the file {its_settings[key]})" for key in different]
+            warnings.warn(
+                f"The {own_type} {name} has the settings of `like`, which differ from those of the saved one: "
+                f"{', '.join(texts)}.",
+                stacklevel=5,
+            )
 
 
 _LIKE = {"like": "a pytree of the same structure, shapes and types"}

@@ -14,14 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from sklearn import pipeline, preprocessing
 
 import metaopt
-from metaopt import automl, evaluation, tasks
+from metaopt import automl, evaluation, spaces, tasks
 
 SCORES: Any = {"m": {"u": np.ones((3, 1))}}
 EVALUATION = evaluation.Evaluation(SCORES, {"u": np.ones(3)}, {"u": np.ones(3)}, {"m": False}, True, {}, "accuracy")
 SPLIT = tasks.Split({"train": {"letters": {}}})
+LAYER_NORM = nnx.LayerNorm(8, rngs=nnx.Rngs(0))
+
+
+def group_norm(num_groups):
+    return nnx.GroupNorm(8, num_groups=num_groups, rngs=nnx.Rngs(0))
 
 
 class Runs:
@@ -149,6 +155,41 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         with pytest.raises(error, match=message):
             metaopt.save(path, value)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("saved", "like", "message"),
+    [
+        (
+            {"norm": LAYER_NORM},
+            {"norm": group_norm(2)},
+            r"leaf\['norm'\] is a LayerNorm in the file and a GroupNorm in",
+        ),
+        (
+            optax.adam(0.1).init(1.0),
+            optax.adabelief(0.1).init(1.0),
+            r"leaf\[0\] is a ScaleByAdamState .* ScaleByBelief",
+        ),
+        (spaces.Unconstrained({"a": 1.0}), {"a": 1.0}, "leaf is a Unconstrained .* a plain container in `like`"),
+        ({"a": 1.0}, spaces.Unconstrained({"a": 1.0}), "leaf is a plain container .* a Unconstrained in `like`"),
+    ],
+)
+def test_nodes_of_another_type_with_the_same_arrays_are_rejected(saved, like, message, tmp_path):
+    metaopt.save(tmp_path / "network.npz", saved)
+    with pytest.raises(ValueError, match=message):
+        metaopt.load(tmp_path / "network.npz", like=like)
+    loaded = metaopt.load(tmp_path / "network.npz", like=jax.eval_shape(lambda: saved))
+    chex.assert_trees_all_equal(jax.tree.leaves(loaded), jax.tree.leaves(saved))
+
+
+def test_modules_with_other_settings_warn(tmp_path):
+    metaopt.save(tmp_path / "network.npz", group_norm(2))
+    with pytest.warns(UserWarning, match=r"The GroupNorm leaf has .*`num_groups` is 4 \(in the file 2\)"):
+        metaopt.load(tmp_path / "network.npz", like=group_norm(4))
+    dropout = nnx.Sequential(nnx.Dropout(0.5), nnx.LayerNorm(8, rngs=nnx.Rngs(0)))
+    metaopt.save(tmp_path / "network.npz", dropout)
+    dropout.eval()  # not another network
+    metaopt.load(tmp_path / "network.npz", like=dropout)
 
 
 def test_the_state_of_an_optimizer_may_have_infinities(tmp_path):

@@ -20,8 +20,9 @@ def best_of(
     This is exact for the given draws, except where two candidates have equal values. So F is a sample, also over the
     draws, and its mean over keys is the expected outer loss of the best of K. It costs K training runs without a
     hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first candidate is the
-    predicted center, and a candidate with non-finite F is the best only if all are. The key and the draws are new in
-    each estimate. Wrap the result in `hypergrad.over_tasks`.
+    predicted center, and a candidate with non-finite F is the best only if all are. A candidate with more non-finite
+    seeds than another one is not the best. The key and the draws are new in each estimate. Wrap the result in
+    `hypergrad.over_tasks`.
 
     To start from a predictor that was trained by `amortize`, add its weights: `wide.init(key) | meta_params`, where
     `wide` is the same predictor with `spread`.
@@ -56,8 +57,9 @@ def best_of(
                 "`predictor` must predict a spread; make it with `spread`, such as `predictors.mlp(..., spread=0.5)`."
             )
         noise = _proposals.noise(draw_key, normal.center, num_proposals)
-        values = _proposals.values(estimator, run_key, _proposals.candidates(normal, noise), task, chunk)
-        best = jnp.argmin(_proposals.ranked(values))
+        candidates = _proposals.candidates(normal, noise)
+        values, excluded = _proposals.values(estimator, run_key, candidates, task, chunk)
+        best = jnp.argmin(_proposals.ranked(values, excluded))
         best_noise = jax.tree.map(lambda e: e[best], noise)
 
         def best_draw(meta_params):

@@ -77,7 +77,8 @@ def fine_tune(
       `(key, hyperparams, task) -> FineTuned`. Its fields are `hyperparams`, the visited λ with the smallest F,
       including the start; `value` [], its F; `step` [], the step at which it was visited, where 0 is the start; and
       `values` [K + 1], F at every visited λ, NaN where no horizon ended. A λ with non-finite F is the best only if F is
-      finite nowhere.
+      finite nowhere. A mean over tasks or seeds that excludes more of them as non-finite than another one is not the
+      best either.
 
     Raises:
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.
@@ -99,21 +100,22 @@ def fine_tune(
             visited = state.hyperparams
             state, metrics = learner.step(state)
             whole = metrics["num_done"] > 0
-            return state, (visited, jnp.where(whole, metrics["value"], jnp.nan), metrics)
+            values = jnp.where(whole, metrics["value"], jnp.nan)
+            return state, (visited, values, _proposals.num_excluded(metrics), metrics)
 
         with _tuned_space.recording(tune):
             start = learner.init(init_key, hyperparams, task)
-            state, (visited, values, metrics) = jax.lax.scan(step, start, length=num_steps)
+            state, (visited, values, excluded, metrics) = jax.lax.scan(step, start, length=num_steps)
         _tuned_space.check(tune, space)
         _warn_of_rest(metrics)
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
-        read = lambda estimate: (estimate.value, jnp.all(estimate.done))
-        last_value, ended = _proposals.values(shared, last_key, last, start.tasks, None, read=read)
+        read = lambda estimate: (*_proposals.value_and_excluded(estimate), jnp.all(estimate.done))
+        last_value, last_excluded, ended = _proposals.values(shared, last_key, last, start.tasks, None, read=read)
         last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
         values = jnp.concatenate([values, last_value])
-        best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf)).astype(jnp.int32)
+        best = jnp.argmin(_proposals.ranked(values, jnp.concatenate([excluded, last_excluded]))).astype(jnp.int32)
         tuned = jax.tree.map(lambda x: x[best], visited)
         tuned = tuned if space is None else spaces.to_constrained(space, tuned)
         return FineTuned(tuned, values[best], best, values)

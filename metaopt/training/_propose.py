@@ -76,7 +76,8 @@ def propose(
       `(key, hyperparams, task) -> Proposed`. Its fields are `hyperparams`, the candidate with the smallest F; `value`
       [], its F; `values` [rounds · K], F of every candidate, round by round; and `index` [], the place of `value` in
       `values`, where 0 is the start. A λ with non-finite F is the best only if F is finite nowhere; then it is the
-      start. Of equal values the first one is the best.
+      start. A mean over tasks or seeds that excludes more of them as non-finite than another one is not the best
+      either. Of equal values the first one is the best.
 
     Raises:
       ValueError: if the task has labels outside its classes, or a number of `spread` that is not traced is negative,
@@ -101,14 +102,15 @@ def propose(
         def one_round(normal, round_key):
             noise = _proposals.noise(round_key, normal.center, num_proposals)
             candidates = _proposals.candidates(normal, noise)
-            values = evaluate(run_key, candidates, task)
-            return _updated(normal, candidates, values), (candidates, values)
+            values, excluded = evaluate(run_key, candidates, task)
+            ranked = _proposals.ranked(values, excluded)
+            return _updated(normal, candidates, ranked), (candidates, values, excluded)
 
         with _tuned_space.recording(evaluate):
             _, rounds_of = jax.lax.scan(one_round, normal, jax.random.split(draw_key, rounds))
         _tuned_space.check(evaluate, space)
-        candidates, values = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rounds_of)
-        index = jnp.argmin(_proposals.ranked(values)).astype(jnp.int32)
+        candidates, values, excluded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rounds_of)
+        index = jnp.argmin(_proposals.ranked(values, excluded)).astype(jnp.int32)
         best = jax.tree.map(lambda x: x[index], candidates)
         best = best if space is None else spaces.to_constrained(space, best)
         return Proposed(best, values[index], index, values)
@@ -131,9 +133,9 @@ def _start(space: base.PyTree | None, hyperparams: base.HyperParams, spread: bas
 
 
 def _updated(normal: _proposals.Normal, candidates: base.HyperParams, values: jax.Array) -> _proposals.Normal:
-    """The normal of the next round: weighted moments of the better half, by the values [K] of the candidates."""
+    """The normal of the next round: weighted moments of the better half, by the ranked values [K] of the candidates."""
     num_best = max(len(values) // 2, 1)
-    best = jnp.argsort(_proposals.ranked(values))[:num_best]
+    best = jnp.argsort(values)[:num_best]
     weights = jnp.asarray(np.log(num_best + 0.5) - np.log(np.arange(1, num_best + 1)), values.dtype)
     weights = jnp.where(jnp.isfinite(values[best]), weights, 0)
     total = weights.sum()

@@ -284,6 +284,14 @@ def test_features_of_a_task_under_another_name_are_named():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("feature", [np.inf, -np.inf])
+def test_infinite_features_of_a_new_task_are_unknown(h, feature):
+    """As in training; every score would be NaN, and the first candidate the best."""
+    for values, expected in zip(h.posterior([feature]), h.posterior([np.nan]), strict=True):
+        np.testing.assert_array_equal(values, expected)
+    assert h.predict([feature]) == h.predict([np.nan]) != h.candidates[0]
+
+
 def test_a_loaded_searcher_equals_the_saved_one(h, tmp_path):
     metaopt.save(tmp_path / "h.npz", h)
     loaded = metaopt.load(tmp_path / "h.npz")

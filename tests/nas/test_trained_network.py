@@ -81,6 +81,18 @@ def test_statistics_are_of_the_real_training_rows():
     np.testing.assert_allclose(trained.outputs(X), by_hand(PARAMS, X, X[real]), rtol=1e-9)
 
 
+def test_rows_after_num_rows_are_padding():
+    """As in training, where `inner.minibatch` does not draw them."""
+    padded = {"x": np.concatenate([X[:30], np.full((10, 3), 20.0)]), "num_rows": jnp.int32(30)}
+    trained = nas.trained_network(SUPERNET, PARAMS, padded)
+    np.testing.assert_allclose(trained.outputs(X), by_hand(PARAMS, X, X[:30]), rtol=1e-9)
+    y = trained.predict(padded["x"])
+    assert trained.accuracy(padded | {"y": np.where(np.arange(40) < 30, y, 1 - y)}) == 1
+    marked = padded | {"mask": np.ones(40) - np.eye(40)[0]}  # the first 30 of the rows 1 to 39
+    trained = nas.trained_network(SUPERNET, PARAMS, marked)
+    np.testing.assert_allclose(trained.outputs(X), by_hand(PARAMS, X, padded["x"][1:31]), rtol=1e-9)
+
+
 def test_more_rows_than_statistics_take_are_drawn_alike_whatever_their_order():
     """Sorted by class, the first rows would be of one class."""
     rows = np.concatenate([RNG.normal(size=(300, 3)), 50 + RNG.normal(size=(300, 3))])

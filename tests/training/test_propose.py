@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problems
 import pytest
 
@@ -114,6 +115,28 @@ def test_values_that_are_not_finite_are_never_the_best():
     only_start = training.propose(quadratic(bad=lambda x: (x != 0).any()), num_proposals=5, rounds=3)
     only_start = only_start(KEY, START, TASK)
     assert only_start.index == 0 and np.isfinite(only_start.values).nonzero()[0].tolist() == [0, 5, 10]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("name", ["tasks", "seeds"])
+@pytest.mark.once
+def test_a_mean_without_the_tasks_or_seeds_that_diverge_is_not_the_best(name, rounds):
+    """Task i, or a seed, has F = (λ − i)². Below 0, the mean is smaller because the worst of them diverge."""
+
+    def estimate(hyperparams, task, state):
+        f = (hyperparams - task) ** 2 + 5 * state
+        diverges = (hyperparams < 0) & ((task > 1.5) | (state > 0))
+        return base.Estimate(jnp.where(diverges, jnp.nan, f), hyperparams, jnp.array(True), {}), state
+
+    init = lambda key, hyperparams, task: jax.random.bernoulli(key) * (name == "seeds")
+    rule = base.Estimator(init, estimate, kind="exact")
+    rule = hypergrad.over_tasks(rule) if name == "tasks" else hypergrad.over_seeds(rule, 8)
+    task = jnp.array([0.0, 1.0, 2.0, jnp.nan]) if name == "tasks" else 1.0  # one task is never finite
+    proposed = jax.jit(training.propose(rule, num_proposals=40, rounds=rounds))(KEY, 0.1, task)
+    assert proposed.hyperparams >= 0 and proposed.value > jnp.nanmin(proposed.values)
+    assert abs(proposed.hyperparams - 1) < 0.2
+    tuned = training.fine_tune(rule, num_steps=2, optimizer=optax.sgd(2.0))(KEY, 0.1, task)  # 0.1, −0.1, 0.1
+    assert tuned.step == 0 and tuned.value > tuned.values[1]
 
 
 @pytest.mark.once

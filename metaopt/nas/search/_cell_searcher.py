@@ -173,8 +173,10 @@ def _scores(model: _Model, new_task: Any = None) -> np.ndarray:
         raise ValueError(
             f"A new task must have features of shape [{len(model.center)}]; got shape {np.shape(features)}."
         )
-    features = np.nan_to_num((np.asarray(features, float) - model.center) / model.scale)
-    coefficients = model.coefficients(jnp.asarray(features, jnp.result_type(float)))
+    with np.errstate(over="ignore"):
+        standard = ((np.asarray(features, float) - model.center) / model.scale).astype(jnp.result_type(float))
+    # As in training, infinite features are unknown. They would make every score NaN, and the first candidate the best.
+    coefficients = model.coefficients(jnp.asarray(np.where(np.isfinite(standard), standard, 0)))
     return standardized(coefficients, model.encoded, model.encoded)
 
 

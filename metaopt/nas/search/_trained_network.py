@@ -84,7 +84,8 @@ class TrainedNetwork(NamedTuple):
 
         Args:
           data: {"x" [N, *in_shape], "y"}. Labels are integers or booleans, shaped like the outputs without their last
-            axis. With "mask" [N], only real rows count. With "class_mask" [C], only real classes can be predicted.
+            axis. With "mask" [N] or "num_rows", only real rows count. With "class_mask" [C], only real classes can be
+            predicted.
 
         Returns:
           In [0, 1]. A row with a NaN among its outputs counts as wrong.
@@ -100,7 +101,7 @@ class TrainedNetwork(NamedTuple):
         if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
             raise ValueError(
                 f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
-                f"got shape {np.shape(data['mask'])} and {len(rows)} real rows."
+                f"got shape {np.shape(data.get('mask'))} and {len(rows)} real rows."
             )
         outputs = self.outputs(x[rows])
         _batches.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
@@ -127,7 +128,8 @@ def trained_network(
     Args:
       supernet: `nas.supernet` of a discrete network or of a space, such as `search.supernet`.
       params: its trained weights.
-      data: the training data, {"x": [N, *in_shape]}; with "mask" [N] only real rows are used.
+      data: the training data, {"x": [N, *in_shape]}. With "mask" [N] or "num_rows", only real rows are used, as by
+        `inner.minibatch`.
       weights: mixing weights of a supernet: `search.weights(alpha)`, or `nas.one_hot(network, genotype)` for one
         architecture with the supernet's weights. None for a discrete network.
       num_rows: R, the largest number of training rows used for the statistics, at least 2. If there are more rows, R
@@ -232,9 +234,10 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
 
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
-    """Returns the indices of the rows that are not padding."""
+    """Returns the indices of the rows that are not padding: those that `inner.minibatch` draws in training."""
     mask = _batches.row_mask(data)
-    return np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
+    rows = np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
+    return rows[: int(data["num_rows"])] if "num_rows" in data else rows
 
 
 def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
