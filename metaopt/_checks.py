@@ -1,17 +1,20 @@
 """Checks that several rooms need. Checks of arguments raise a ValueError that names the argument and the fix."""
 
 import contextlib
+import logging
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _trees, base
 from metaopt._jaxpr import Tracer
+
+_LOGGER = logging.getLogger("metaopt")
 
 
 def check_integer(name: str, value: Any, least: int, *, optional: bool = False) -> None:
@@ -299,3 +302,27 @@ def _are_outcomes(outcomes: Any, first: float) -> bool:
         return False
     named = bool(numbers) and all(isinstance(name, str) for name in outcomes)
     return named and (numbers[0] == first or (math.isnan(numbers[0]) and math.isnan(first)))
+
+
+def constant_state_logged_once() -> Callable[[base.PyTree], None]:
+    """Makes a warning that a model state with floating-point leaves stays constant.
+
+    Returns:
+      A function of the model state, which logs the warning at its first call with such a leaf.
+    """
+    logged = []
+
+    def log(model_state):
+        leaves = jax.tree_util.tree_leaves_with_path(model_state)
+        name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+        paths = [name(path) for path, leaf in leaves if _trees.is_float(leaf)]
+        if paths and not logged:
+            logged.append(True)
+            _LOGGER.warning(
+                "The inner loss returns no model state, so the model state keeps its starting values (%s). With "
+                "BatchNorm, the outer loss then uses wrong running statistics. Return the pair (loss, model_state) "
+                "from the inner loss. To keep the state constant, return (loss, context.model_state).",
+                ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""),
+            )
+
+    return log

@@ -24,9 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, hypergrad, inner
+from metaopt import _checks, base, hypergrad, inner
 from metaopt.few_shot import _adaptation_checks, _problem
-from metaopt.inner._loop import constant_state_logged_once
 
 RATES = ("fixed", "one", "leaf", "entry")
 LATE = np.iinfo(np.int32).max  # an outer step after every schedule
@@ -168,7 +167,7 @@ def adaptation(
         keep_support=keep_support,
         with_context=with_context,
         has_rule=rule is not None,
-        log_constant=constant_state_logged_once(),
+        log_constant=_checks.constant_state_logged_once(),
     )
     problem = _problem.make_problem(spec, constants_once=False)
     unrolling = _problem.make_problem(spec, constants_once=True)

@@ -372,11 +372,12 @@ def _judge_jumps(
     """The status and the note of a leaf whose slope holds only within a fraction of the step: does F jump there?
 
     Between its jumps, F may be smooth, and its derivative leaves the jumps out. The derivative is of no use if the
-    slope of F over the radius is another one.
+    slope of F over the radius has another sign, or differs by a factor of more than 4. Small jumps, such as those of
+    Adam's first updates, do not matter.
     """
     far = (function(radius) - function(-radius)) / (2 * radius)
     ratio = slope / far if far else np.inf
-    if 0.5 <= ratio <= 2 or not _slopes.jumps(function, point.value, step, point.noise):
+    if 0.25 <= ratio <= 4 or not _slopes.jumps(function, point.value, step, point.noise):
         return judged
     note = f"F jumps within {step:.1g}; its slope is {slope:.3g} between jumps and {far:.3g} over the radius {radius:g}"
     return ("dead" if judged[0] == "zero" else "inconclusive"), note

@@ -141,26 +141,6 @@ def _init(
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
 
-def constant_state_logged_once() -> Callable[[base.PyTree], None]:
-    """A function that warns, once, that a model state with floating-point leaves stays constant."""
-    logged = []
-
-    def log(model_state):
-        leaves = jax.tree_util.tree_leaves_with_path(model_state)
-        name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-        paths = [name(path) for path, leaf in leaves if _trees.is_float(leaf)]
-        if paths and not logged:
-            logged.append(True)
-            _LOGGER.warning(
-                "The inner loss returns no model state, so the model state keeps its starting values (%s). With "
-                "BatchNorm, the outer loss then uses wrong running statistics. Return the pair (loss, model_state) "
-                "from the inner loss. To keep the state constant, return (loss, context.model_state).",
-                ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""),
-            )
-
-    return log
-
-
 def _loss(
     loss: Callable,
     with_context: bool,
@@ -274,7 +254,7 @@ def loop(
     [1. 2.]
     """
     transform = functools.partial(_transform, optimizer, zero)
-    loss_fn = functools.partial(_loss, loss, with_context, constant_state_logged_once())
+    loss_fn = functools.partial(_loss, loss, with_context, _checks.constant_state_logged_once())
     return base.InnerLoop(
         init=functools.partial(_init, init, transform, with_context),
         batch=functools.partial(_batch, _samplers.full_batch() if sampler is None else sampler),

@@ -51,9 +51,10 @@ def self_tuning(
     is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
     These two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
-    parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each λ moves by the cosine of its own
-    effect, independently of the effect's size. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ
-    (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its square.
+    parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each λ
+    moves by the cosine of its own effect, independently of the effect's size. Two dtypes limit this. The parameters'
+    dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its
+    square.
 
     **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
     other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But a long
