@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--preset",
         default="balanced",
-        help="instant (networks, the first however long it takes), balanced (default), best",
+        help="instant (only networks; the first one is finished even after the limit), balanced (default), best",
     )
     fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
     fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")

@@ -100,15 +100,17 @@ def candidates(normal: Normal, noise: base.HyperParams) -> base.HyperParams:
 
 
 def num_excluded(metrics: Mapping[str, Any]) -> jax.Array:
-    """The tasks and seeds that a mean leaves out because they are not finite, up to a constant of the estimator.
+    """The number of runs, of tasks and seeds, that a mean excludes as non-finite, plus a constant of the estimator.
 
     Args:
-      metrics: of an estimate, perhaps by `hypergrad.over_tasks` or `hypergrad.over_seeds`.
+      metrics: of an estimate, perhaps by `hypergrad.over_tasks`, `hypergrad.over_seeds` or both.
 
     Returns:
       []; only its differences between λ have a meaning.
     """
-    return jnp.asarray(metrics.get("num_nonfinite", 0.0) - metrics.get("num_finite_seeds", 0.0), float)
+    # Of nested wrappers, the inner number is a mean over the finite ones of the outer one. So the product counts runs.
+    finite = metrics.get("num_finite", 1.0) * metrics.get("num_finite_seeds", 1.0)
+    return -jnp.round(jnp.asarray(finite, float))
 
 
 def value_and_excluded(estimate: base.Estimate) -> tuple[jax.Array, jax.Array]:
@@ -159,8 +161,8 @@ def values(
 def ranked(values: jax.Array, excluded: jax.Array) -> jax.Array:
     """The values, with ∞ in place of those that must not be the smallest.
 
-    These are the values that are not finite, and the means that leave out more tasks or seeds than others: without the
-    tasks that diverge, a mean may be small because the hardest tasks diverge.
+    These are the values that are not finite, and the means that exclude more tasks or seeds than others. Such a mean
+    may be small only because the hardest tasks diverge.
 
     Args:
       values: [K] outer losses.

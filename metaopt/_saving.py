@@ -16,7 +16,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableSequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,8 +144,9 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
         network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
         structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get the types of
         the template, and all others must have them. The file has everything else: all other types take the path only.
-        A dict of arrays does not identify its network: with another normalization, the same weights predict something
-        else. A node of another type is rejected, and other settings of a module of Equinox or NNX give a warning.
+        `load` compares the classes in `like` (modules, states of optimizers) with those in the file, and rejects
+        others. It warns if a number or a text among the settings of an Equinox or NNX module differs. It cannot compare
+        plain dicts of arrays: with another normalization, the same weights predict something else.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -290,11 +291,12 @@ def _nodes(name: str, tree: Any) -> dict[str, Any]:
         return {}
     below = [_nodes(name + jax.tree_util.keystr(path), child) for path, child in children]
     nodes = {key: node for part in below for key, node in part.items()}
-    if isinstance(tree, Mapping | list) or type(tree) is tuple or not jax.tree.leaves(tree):
+    if isinstance(tree, Mapping | MutableSequence) or type(tree) is tuple or not jax.tree.leaves(tree):
         return nodes
     leaves = {jax.tree_util.keystr(path, simple=True) for path, _ in children}
     attributes = getattr(tree, "__dict__", {}).items()
-    settings = {key: repr(x) for key, x in attributes if key not in leaves and _is_setting(x)}
+    public = {key: x for key, x in attributes if key not in leaves and not key.startswith("_")}
+    settings = {key: repr(x) for key, x in public.items() if _is_setting(x)}
     return {name: [type(tree).__qualname__, settings]} | nodes
 
 
@@ -309,14 +311,17 @@ def _check_nodes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for name in {**stored, **own}:
         (its_type, its_settings), (own_type, own_settings) = stored.get(name, plain), own.get(name, plain)
         if its_type != own_type:
-            raise ValueError(f"{name} is a {its_type} in the file and a {own_type} in `like`")
+            raise ValueError(
+                f"{name} is of type {its_type} in the file and of type {own_type} in `like`; make `like` by the code "
+                "that made the saved value"
+            )
         different = [key for key in own_settings if its_settings.get(key, own_settings[key]) != own_settings[key]]
         if different:
             texts = [f"`{key}` is {own_settings[key]} (in the file {its_settings[key]})" for key in different]
             warnings.warn(
                 f"The {own_type} {name} has the settings of `like`, which differ from those of the saved one: "
                 f"{', '.join(texts)}.",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 

@@ -4,6 +4,7 @@ A schedule-free state holds z. The gradient is taken at the parameters y, and th
 Under `optax.masked` or `optax.partition`, z has `optax.MaskedNode` in place of the parameters of the others.
 """
 
+import collections
 from typing import Any
 
 import jax
@@ -67,14 +68,18 @@ def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base
 def check_is_last(tree: base.PyTree) -> None:
     """Raises ValueError if a transform follows a schedule-free one in an `optax.chain`: z would not know its changes.
 
+    A member that is masked may be followed by members for other parameters, so it is not checked.
+
     Args:
-      tree: the state of an optimizer. The state of a chain is a plain tuple.
+      tree: the state of an optimizer. That of a chain is a plain tuple, and that of a named chain an `OrderedDict`.
     """
-    if type(tree) is tuple and any(map(states, tree[:-1])):
+    is_known = lambda x: _is_state(x) or isinstance(x, optax.MaskedState)
+    members = list(tree.values()) if isinstance(tree, collections.OrderedDict) else tree
+    if type(members) in (tuple, list) and any(map(_is_state, jax.tree.leaves(members[:-1], is_leaf=is_known))):
         raise ValueError(
             "`optax.contrib.schedule_free` must be the last transform of its `optax.chain`. A later transform changes "
             "the updates, and the average of the parameters would be wrong. Put it into the optimizer that "
-            "`schedule_free` wraps."
+            "`schedule_free` wraps. For groups of parameters, use `optax.partition`."
         )
     for child in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree):
         if child is not tree:
@@ -107,7 +112,10 @@ def refreshed(tree: base.PyTree, fresh: base.PyTree) -> base.PyTree:
     def replaced(x, new):
         if _is_injected(x):
             return x._replace(hyperparams=new.hyperparams, inner_state=refreshed(x.inner_state, new.inner_state))
-        return x._replace(b1=new.b1) if _is_state(x) else x
+        if _is_state(x):
+            base_state = refreshed(x.base_optimizer_state, new.base_optimizer_state)
+            return x._replace(b1=new.b1, base_optimizer_state=base_state)
+        return x
 
     return jax.tree.map(replaced, tree, fresh, is_leaf=lambda x: _is_state(x) or _is_injected(x))
 

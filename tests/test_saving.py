@@ -163,15 +163,15 @@ def test_a_pytree_needs_its_structure_shapes_and_finite_numbers(tmp_path):
         (
             {"norm": LAYER_NORM},
             {"norm": group_norm(2)},
-            r"leaf\['norm'\] is a LayerNorm in the file and a GroupNorm in",
+            r"leaf\['norm'\] is of type LayerNorm in the file and of type GroupNorm in",
         ),
         (
             optax.adam(0.1).init(1.0),
             optax.adabelief(0.1).init(1.0),
-            r"leaf\[0\] is a ScaleByAdamState .* ScaleByBelief",
+            r"leaf\[0\] is of type ScaleByAdamState .* ScaleByBelief",
         ),
-        (spaces.Unconstrained({"a": 1.0}), {"a": 1.0}, "leaf is a Unconstrained .* a plain container in `like`"),
-        ({"a": 1.0}, spaces.Unconstrained({"a": 1.0}), "leaf is a plain container .* a Unconstrained in `like`"),
+        (spaces.Unconstrained({"a": 1.0}), {"a": 1.0}, "leaf is of type Unconstrained .* plain container in `like`"),
+        ({"a": 1.0}, spaces.Unconstrained({"a": 1.0}), "leaf is of type plain container .* Unconstrained in `like`"),
     ],
 )
 def test_nodes_of_another_type_with_the_same_arrays_are_rejected(saved, like, message, tmp_path):
@@ -184,8 +184,9 @@ def test_nodes_of_another_type_with_the_same_arrays_are_rejected(saved, like, me
 
 def test_modules_with_other_settings_warn(tmp_path):
     metaopt.save(tmp_path / "network.npz", group_norm(2))
-    with pytest.warns(UserWarning, match=r"The GroupNorm leaf has .*`num_groups` is 4 \(in the file 2\)"):
+    with pytest.warns(UserWarning, match=r"The GroupNorm leaf has .*`num_groups` is 4 \(in the file 2\)") as record:
         metaopt.load(tmp_path / "network.npz", like=group_norm(4))
+    assert record[0].filename == __file__
     dropout = nnx.Sequential(nnx.Dropout(0.5), nnx.LayerNorm(8, rngs=nnx.Rngs(0)))
     metaopt.save(tmp_path / "network.npz", dropout)
     dropout.eval()  # not another network

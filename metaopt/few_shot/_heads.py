@@ -76,8 +76,8 @@ def ridge_head(features: Callable, *, loss: Callable = inner.cross_entropy, **op
 
     where X holds the features and, as in the authors' code, a column of ones for an intercept, which is a row of W. The
     penalty shrinks the intercept too, so subtract the mean from targets that are far from 0. The smaller of the two
-    linear systems is solved, by Cholesky. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
-    If the "mask" of a row is a fraction m, the row's square has the weight m.
+    linear systems is solved. ρ, scale and shift are learned: λ has "log_ridge", "scale" and "shift".
+    If the "mask" of a row is a fraction m, the squared error of this row has the weight m.
 
     Args:
       features: `(params, batch) -> [N, D]`; λ["init"] is a dict.
@@ -108,16 +108,15 @@ def _ridge_regression(
             '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (of one target: '
             f"`y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
         )
-    # A row of weight m enters the squares as √m (x, y). The square root has no derivative at 0.
-    roots = jnp.where(data["mask"] > 0, jnp.sqrt(jnp.where(data["mask"] > 0, data["mask"], 1)), 0)
-    y = _one_hot({**data, "mask": roots}, x.dtype) if classes else data["y"] * roots[:, None]
-    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1) * roots[:, None]
+    mask = data["mask"][:, None]
+    y = _one_hot(data, x.dtype) if classes else data["y"] * mask
+    x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
     ridge = jnp.exp(hyperparams["log_ridge"])
     regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
     if x.shape[0] <= x.shape[1]:
-        w = x.T @ jax.scipy.linalg.solve(regular(x @ x.T), y, assume_a="pos")
+        w = x.T @ jax.scipy.linalg.solve(regular(mask * (x @ x.T)), y)
     else:
-        w = jax.scipy.linalg.solve(regular(x.T @ x), x.T @ y, assume_a="pos")
+        w = jax.scipy.linalg.solve(regular(x.T @ (mask * x)), x.T @ y, assume_a="pos")
     return {"w": hyperparams["scale"] * w[:-1], "b": hyperparams["scale"] * w[-1] + hyperparams["shift"]}
 
 

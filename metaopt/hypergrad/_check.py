@@ -42,7 +42,7 @@ class LeafCheck(NamedTuple):
       standard_error: the standard error of a stochastic rule's mean slope; 0 for other rules.
       status: "right", "wrong", "zero" (the hypergradient is zero up to rounding, and F is flat), "dead" (the
         hypergradient is zero, and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
-      note: why the leaf is inconclusive, or that a kink of F was avoided; else "".
+      note: why the leaf is inconclusive, that a kink of F was avoided, or that F jumps; else "".
     """
 
     path: str
@@ -126,11 +126,14 @@ def check(
     another direction. It tries smaller distances (down to 1e-5 ε), since F may have a kink nearby, and larger ones (up
     to 1e3 ε), since rounding may hide the slope. A leaf is
 
-    - "right" if the slope of F is known to `rtol`, the hypergradient agrees to `rtol`, and F does not jump nearby;
+    - "right" if the slope of F is known to `rtol`, and the hypergradient agrees to `rtol`;
     - "wrong" if they disagree by more than `rtol` and the uncertainty together;
     - "zero" if the hypergradient is zero up to rounding, and F is flat;
     - "dead" if the hypergradient is zero, and F is not flat;
     - "inconclusive" if none of these holds.
+
+    The message says if jumps make up most of the change of F over the radius. Then a right hypergradient is of little
+    use, since it leaves the jumps out. If it is zero, the leaf is dead.
 
     The meaning of F, and the condition to pass, depend on the estimator's kind:
 
@@ -330,8 +333,8 @@ def _check_leaf(point: Point, rng: np.random.Generator, index: int, radius: floa
         size = max(abs(claimed), abs(slope.value), 1e-300)
         error = max(0.0, abs(claimed - slope.value) - slope.uncertainty) / size
         status, note = _judge(point, norm, claimed, standard_error, slope, tried)
-        if status in ("right", "zero") and slope.step < tried[0].step:
-            status, note = _judge_jumps(point, function, radius, slope.value, tried[0].step, (status, note))
+        if status in ("right", "zero"):
+            status, note = _judge_jumps(point, function, radius, slope, (status, note))
         if leaf is None or status != "inconclusive":
             numbers = (norm, claimed, slope.value, slope.uncertainty, error, standard_error)
             leaf = LeafCheck(path, *numbers, status, note)
@@ -367,20 +370,26 @@ def _judge(
 
 
 def _judge_jumps(
-    point: Point, function: Callable, radius: float, slope: float, step: float, judged: tuple[str, str]
+    point: Point, function: Callable, radius: float, slope: _slopes.Slope, judged: tuple[str, str]
 ) -> tuple[str, str]:
-    """The status and the note of a leaf whose slope holds only within a fraction of the step: does F jump there?
+    """The status and the note of a leaf whose slope is known: do jumps make up most of the change of F over the radius?
 
-    Between its jumps, F may be smooth, and its derivative leaves the jumps out. The derivative is of no use if the
-    slope of F over the radius has another sign, or differs by a factor of more than 4. Small jumps, such as those of
-    Adam's first updates, do not matter.
+    Between its jumps, F is smooth, and its derivative leaves the jumps out. So a right derivative may be of no use.
     """
     far = (function(radius) - function(-radius)) / (2 * radius)
-    ratio = slope / far if far else np.inf
-    if 0.25 <= ratio <= 4 or not _slopes.jumps(function, point.value, step, point.noise):
+    if not np.isfinite(far) or 0.5 * abs(far) <= slope.value * np.sign(far) <= 2 * abs(far):
         return judged
-    note = f"F jumps within {step:.1g}; its slope is {slope:.3g} between jumps and {far:.3g} over the radius {radius:g}"
-    return ("dead" if judged[0] == "zero" else "inconclusive"), note
+    if point.narrow:  # rounding errors of float32 look like jumps
+        return judged
+    by_jumps, size = _slopes.change_by_jumps(function, point.value, radius, slope, point.noise)
+    if abs(by_jumps) <= 0.5 * size:
+        return judged
+    note = (
+        f"F jumps: its slope is {slope.value:.3g} between the jumps, and {far:.3g} over the distance {radius:g}. The "
+        "hypergradient leaves out jumps, such as those of Adam's first updates, and of a random mask whose probability "
+        "depends on λ. For a mask, draw the numbers in a differentiable way, or use `hypergrad.evolution`"
+    )
+    return ("dead" if judged[0] == "zero" else "right"), note
 
 
 def _cause(point: Point, size: float, slope: _slopes.Slope, tried: list[_slopes.Slope]) -> str:
@@ -442,7 +451,7 @@ def _advice(
     if "dead" in paths:
         words.append(
             f"F depends on {paths['dead']}, and the hypergradient does not: look for a stop_gradient, a cast to "
-            "integers, or a rule that cannot see the leaf."
+            "integers, a random mask, or a rule that cannot see the leaf."
         )
     if "zero" in paths:
         words.append(f"F does not depend on {paths['zero']} here.")
@@ -453,7 +462,7 @@ def _advice(
             "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."
         )
     words += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
-    words += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status == "right" and leaf.note]
+    words += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status in ("right", "dead") and leaf.note]
     if metasmoothness < 0.5:
         words.append("F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or ES.")
     if narrow:
@@ -463,11 +472,6 @@ def _advice(
 
 def _inconclusive(leaf: LeafCheck) -> str:
     """One sentence about an inconclusive leaf, with a way to decide it."""
-    if leaf.note.startswith("F jumps"):
-        return (
-            f"{leaf.path} is inconclusive: {leaf.note}. The hypergradient leaves out the jumps, such as those of a "
-            "random mask whose probability depends on λ."
-        )
     size = max(abs(leaf.hypergrad), abs(leaf.finite_difference), 1e-300)
     hidden = (leaf.uncertainty + 3 * leaf.standard_error) / size
     way_out = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"

@@ -101,27 +101,49 @@ def at_best_step(
     return min(precise, key=lambda s: s.step) if precise else min(tried, key=lambda s: s.uncertainty), tried
 
 
-def jumps(function: Callable[[float], float], center: float, step: float, noise: float) -> bool:
-    """Whether φ jumps within a step on one of its sides.
+def change_by_jumps(function: Callable[[float], float], center: float, radius: float, slope: Slope, noise: float):
+    """The part of φ(r) − φ(−r) that the slopes of φ between its jumps do not explain, if φ jumps there.
 
-    Bisection keeps the half with the larger change. After 20 halvings, a continuous φ changes by about 2^-20 of the
-    first change. If φ jumps, some jump remains.
+    It is φ(r) − φ(−r) − ∫ φ' dt, with the integral by Gauss and Legendre, and φ' from differences at a distance that
+    few jumps are within.
 
     Args:
       function: φ.
       center: φ(0).
-      step: h, positive.
+      radius: r, positive.
+      slope: the slope at 0.
       noise: the relative rounding error of one value of φ.
+
+    Returns:
+      The part, and the largest of the integral, |φ(r) − φ(0)| and |φ(−r) − φ(0)|. The part is 0 if there is no jump, or
+      if φ is not finite somewhere.
     """
-    for end in (step, -step):
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    distance = min(slope.step, 1e-7 * radius)
+    slopes = [(function(t + distance) - function(t - distance)) / (2 * distance) for t in radius * nodes]
+    integral = radius * float(weights @ np.array(slopes))
+    up, down = function(radius) - center, function(-radius) - center
+    part, size = up - down - integral, max(abs(integral), abs(up), abs(down))
+    if not np.isfinite(part) or not _jumps(lambda t: function(t) - slope.value * t, center, radius, noise):
+        return 0.0, size
+    return part, size
+
+
+def _jumps(function: Callable[[float], float], center: float, radius: float, noise: float) -> bool:
+    """Whether φ jumps between −r and r.
+
+    Bisection keeps the half with the larger change. After 20 halvings, a continuous φ changes by about 2^-20 of the
+    first change, and a jump remains as it is.
+    """
+    for end in (radius, -radius):
         ends, values = [0.0, end], [center, function(end)]
         change = abs(values[1] - values[0])
         for _ in range(20):
             middle = sum(ends) / 2
             value = function(middle)
-            replaced = int(abs(value - values[0]) > abs(values[1] - value))  # 1: the change is nearer to λ
+            replaced = int(abs(value - values[0]) > abs(values[1] - value))  # 1: the change is nearer to 0
             ends[replaced], values[replaced] = middle, value
-        if abs(values[1] - values[0]) > max(1e-3 * change, 1e3 * noise * abs(center)):
+        if abs(values[1] - values[0]) > max(1e-4 * change, 1e3 * noise * abs(center)):
             return True
     return False
 

@@ -77,8 +77,8 @@ def fine_tune(
       `(key, hyperparams, task) -> FineTuned`. Its fields are `hyperparams`, the visited λ with the smallest F,
       including the start; `value` [], its F; `step` [], the step at which it was visited, where 0 is the start; and
       `values` [K + 1], F at every visited λ, NaN where no horizon ended. A λ with non-finite F is the best only if F is
-      finite nowhere. A mean over tasks or seeds that excludes more of them as non-finite than another one is not the
-      best either.
+      finite nowhere. If F is a mean over tasks or seeds, a λ with more non-finite ones than another λ is not the
+      best.
 
     Raises:
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.

@@ -76,8 +76,8 @@ def propose(
       `(key, hyperparams, task) -> Proposed`. Its fields are `hyperparams`, the candidate with the smallest F; `value`
       [], its F; `values` [rounds · K], F of every candidate, round by round; and `index` [], the place of `value` in
       `values`, where 0 is the start. A λ with non-finite F is the best only if F is finite nowhere; then it is the
-      start. A mean over tasks or seeds that excludes more of them as non-finite than another one is not the best
-      either. Of equal values the first one is the best.
+      start. If F is a mean over tasks or seeds, a λ with more non-finite ones than another λ is not the best. Of equal
+      values the first one is the best.
 
     Raises:
       ValueError: if the task has labels outside its classes, or a number of `spread` that is not traced is negative,

@@ -371,8 +371,8 @@ def _check_effect(
         )
         leaves = f"The leaves {', '.join(unused)} of λ do not change" if any(unused) else "λ does not change"
         raise ValueError(
-            f"{leaves} the updates. `factory` does not use them, or its "
-            "optimizer keeps them in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
+            f"{leaves} the updates. `factory` does not use that part of λ, or its "
+            "optimizer keeps it in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
             "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
             f"`inject_hyperparams` works.{hint if masked else ''}"
         )

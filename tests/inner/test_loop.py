@@ -429,7 +429,12 @@ def test_averages_of_a_batch_of_states_have_their_own_weights():
 
 @pytest.mark.parametrize(
     "wrap",
-    [lambda adam: adam, lambda adam: optax.chain(optax.identity(), adam), lambda adam: optax.MultiSteps(adam, 2)],
+    [
+        lambda adam: adam,
+        lambda adam: optax.chain(optax.identity(), adam),
+        lambda adam: optax.MultiSteps(adam, 2),
+        lambda adam: optax.contrib.schedule_free(adam, 0.1),
+    ],
 )
 def test_injected_hyperparameters_are_those_of_the_current_lambda(wrap):
     """`optax.inject_hyperparams` keeps them in its state, where they would stay those of the first step."""
@@ -452,10 +457,24 @@ def test_no_transform_may_follow_a_schedule_free_one():
         "partition": lambda hp: optax.partition(
             {"x": optax.chain(_free(0.1), optax.scale(0.5)), "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}
         ),
+        "names": lambda hp: optax.named_chain(("free", _free(0.1)), ("half", optax.scale(0.5))),
     }
     for optimizer in follows.values():
         with pytest.raises(ValueError, match="must be the last transform"):
             _schedule_free_loop(optimizer).init(KEY, (), None)
+
+
+@pytest.mark.parametrize("others", [optax.sgd(0.1), optax.set_to_zero()])
+def test_a_transform_of_other_parameters_may_follow_a_schedule_free_one(others):
+    masks = ({"a": True, "b": False}, {"a": False, "b": True})
+    chain = optax.chain(optax.masked(_free(0.1), masks[0]), optax.masked(others, masks[1]))
+    states = [
+        hypergrad.unroll(_schedule_free_loop(optimizer), num_steps=3)(KEY, (), None)
+        for optimizer in (lambda hp: chain, lambda hp: _free(0.1))
+    ]
+    averages = [_schedule_free_loop(lambda hp: chain).params(state)["a"] for state in states[:1]]
+    expected = _schedule_free_loop(lambda hp: _free(0.1)).params(states[1])["a"]
+    np.testing.assert_allclose(averages[0], expected, rtol=1e-12)
 
 
 def test_the_average_uses_the_current_weight_of_a_carried_state():

@@ -139,6 +139,21 @@ def test_a_mean_without_the_tasks_or_seeds_that_diverge_is_not_the_best(name, ro
     assert tuned.step == 0 and tuned.value > tuned.values[1]
 
 
+def test_tasks_and_seeds_that_diverge_are_counted_together():
+    """Below 0, a task diverges for all seeds; above, for some. The mean below 0 is smaller."""
+
+    def estimate(hyperparams, task, state):
+        diverges = (task > 1.5) & ((hyperparams < 0) | state)
+        return base.Estimate(
+            jnp.where(diverges, jnp.nan, (hyperparams - task) ** 2), hyperparams, jnp.array(True), {}
+        ), state
+
+    init = lambda key, hyperparams, task: jax.random.bernoulli(key, 0.6)
+    rule = hypergrad.over_tasks(hypergrad.over_seeds(base.Estimator(init, estimate, kind="exact"), 8))
+    proposed = training.propose(rule, num_proposals=40)(KEY, -0.2, jnp.array([0.0, 1.0, 2.0]))
+    assert proposed.hyperparams >= 0 and proposed.value > jnp.nanmin(proposed.values)
+
+
 @pytest.mark.once
 def test_later_rounds_come_closer_than_as_many_draws_of_one_round():
     keys = jax.random.split(KEY, 40)

@@ -98,13 +98,16 @@ class TrainedNetwork(NamedTuple):
         x, y = np.asarray(data["x"]), np.asarray(data["y"])
         if not len(x):
             raise ValueError(f'"x" must have at least one row; got shape {x.shape}.')
-        if not len(rows) or (data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]):
+        if data.get("mask") is not None and np.shape(data["mask"]) != x.shape[:1]:
             raise ValueError(
-                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding, with at least one real row; '
-                f"got shape {np.shape(data.get('mask'))} and {len(rows)} real rows."
+                f'"mask" must be [N] = {x.shape[:1]}, 1 for a real row and 0 for padding; got shape '
+                f"{np.shape(data['mask'])}."
             )
+        if not len(rows):
+            raise ValueError('"mask" and "num_rows" leave no real row.')
         outputs = self.outputs(x[rows])
-        _batches.check_labels(data, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
+        is_real = np.isin(np.arange(len(x)), rows)
+        _batches.check_labels({**data, "mask": is_real}, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
         if data.get("class_mask") is not None:
             outputs = np.where(np.asarray(data["class_mask"]) > 0, outputs, -np.inf)
         right = (outputs.argmax(-1) == y[rows]) & ~np.isnan(outputs).any(-1)
@@ -235,8 +238,10 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
     """Returns the indices of the rows that are not padding: those that `inner.minibatch` draws in training."""
-    mask = _batches.row_mask(data)
-    rows = np.arange(len(data["x"])) if mask is None else np.flatnonzero(np.asarray(mask) > 0)
+    _batches.row_mask(data)  # checks its shape
+    rows = np.arange(len(data["x"]))
+    if data.get("mask") is not None:  # [N], or [N, positions] with rows that are masked throughout
+        rows = np.flatnonzero((np.asarray(data["mask"]) > 0).reshape(len(rows), -1).any(axis=1))
     return rows[: int(data["num_rows"])] if "num_rows" in data else rows
 
 
