@@ -231,6 +231,7 @@ SMALL = {
     "a small jump near an optimum": lambda h: 3 * (h - 1.00001) ** 2 + 0.1 * (h - 1) ** 3 + 1e-7 * (h > 1.00001),
     "a small jump near the end of the domain": lambda h: 3 * h + 1e-6 * (h > 1.00001) + 0 * jnp.sqrt(1.05 - h),
     "a kink with another slope behind it": lambda h: h + 50 * jax.nn.relu(h - 1.00001),
+    "waves that eight points miss": lambda h: jnp.sin(400 * h) + h,
     "a cubic near its optimum": lambda h: (h - 1.01) ** 2 + 40 * (h - 1.01) ** 3,
 }
 
