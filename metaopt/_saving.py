@@ -257,8 +257,7 @@ def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> An
     others = {name: dtype for name, dtype in types.items() if not jnp.issubdtype(dtype, jnp.floating)}
     expected = {name: tuple(np.shape(leaf)) for name, leaf in stored.items()}
     arrays = file.floats(expected, others=others, infinite=True)
-    if "nodes" in header:  # older files do not have it
-        _check_nodes(header["nodes"], _nodes("leaf", like))
+    _check_nodes(header["nodes"], _nodes("leaf", like))
     keys = header.get("keys", {})
     loaded = {name: _like(name, arrays[name], leaf, keys.get(name)) for name, leaf in templates.items()}
     return tree_from_leaves("leaf", loaded, like)

@@ -68,15 +68,15 @@ def goal_score(
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns the score of encoded configurations: [P, D] -> [P], larger is better."""
     num = len(models) - len(trials.bounds)
-    conditioned = [
+    posteriors = [
         _posterior.condition(specialized(model, task), task.weights, ended)
         for model, task, ended in zip(models, tasks, trials.ended, strict=True)
     ]
 
     def score(x):
         mixtures = [
-            _posterior.posterior_at(model.surrogate, given, x, functions=at_x)
-            for model, given, at_x in zip(models, conditioned, functions, strict=True)
+            _posterior.posterior_at(model.surrogate, posterior, x, functions=functions_at_x)
+            for model, posterior, functions_at_x in zip(models, posteriors, functions, strict=True)
         ]
         total = jnp.ones(len(x)) if trials.front is None else hypervolume_improvement(mixtures[:num], trials.front)
         for mixture, bound in zip(mixtures[num:], trials.bounds, strict=True):
@@ -151,14 +151,15 @@ def goal_trials(
         kept = [*(y[can_be_best] - low if k < num else ()), *([2 * (bounds[k - num] - low)] if k >= num else [])]
         y = np.minimum(y - low, max(np.nanmax(clipped), *kept, 0.0))
         read = known | failed
-        given = padded(x[read], impute_failed(learned, tasks[k], x[read], y[read]))
+        observed = padded(x[read], impute_failed(learned, tasks[k], x[read], y[read]))
         if len(running):
-            expected = learned.programs.mean_after_trials(tasks[k], given, padded(running_x, np.zeros(len(running)))[0])
+            at_running = padded(running_x, np.zeros(len(running)))[0]
+            expected = learned.programs.mean_after_trials(tasks[k], observed, at_running)
             expected = np.asarray(expected)[: len(running)]
-            y_read = np.asarray(given[1])[: read.sum()]
-            given = padded(np.concatenate([x[read], running_x]), np.concatenate([y_read, expected]))
+            y_read = np.asarray(observed[1])[: read.sum()]
+            observed = padded(np.concatenate([x[read], running_x]), np.concatenate([y_read, expected]))
             y = np.concatenate([y, expected])
-        trials.append(given)
+        trials.append(observed)
         shifted.append(y)
         lows.append(low)
     shifted, bounds = np.stack(shifted, axis=1), bounds - lows[num:]

@@ -37,7 +37,7 @@ import numpy as np
 from metaopt._checks import check_record
 from metaopt.base import STATUSES, Record
 
-VERSION = 2  # 1 has no column `outcomes`
+VERSION = 1
 _TIMEOUT = 300  # seconds that a writer waits for others
 
 _APPLICATION = 0x6D657461  # "meta", in the header of the file
@@ -115,7 +115,7 @@ def read_records(
             conditions += f" AND {column} IN (SELECT value FROM json_each(?))"
             values.append(json.dumps(_listed(wanted), default=as_python))
     with _open(file) as connection:
-        query = f"SELECT id, study, {_columns_of(connection)} FROM records {conditions} ORDER BY id"
+        query = f"SELECT id, study, {_COLUMNS} FROM records {conditions} ORDER BY id"
         rows = connection.execute(query, values)
         if history:
             return [_read_row(file, row) for row in rows]
@@ -191,12 +191,11 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
             shutil.copyfile(f"{file}-wal", f"{copy}-wal")
         _pad(copy)
         with _open(copy, recover=True, named=Path(file)) as connection:
-            columns = _columns_of(connection)
-            connection.execute(f"SELECT study, {columns} FROM records LIMIT 0")  # reads no row; checks the columns
+            connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
             # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
-                    query = f"SELECT study, {columns} FROM records WHERE id = ?"
+                    query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
                     row = connection.execute(query, (number,)).fetchone()
                     if row is not None:
                         rows.append((row[0], *_to_row(_from_row(row[1:]))))
@@ -309,23 +308,6 @@ def _check(connection, file, create):
         raise ValueError(
             f"{file} has version {version}; this metaopt reads versions up to {VERSION}. Use a later metaopt."
         )
-    if create and version == 1:
-        _add_outcomes(connection)
-
-
-def _columns_of(connection) -> str:
-    """The columns of a record; a file of version 1 has no outcomes by name."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    return _COLUMNS if version > 1 else _COLUMNS.replace("outcomes", "NULL")
-
-
-def _add_outcomes(connection) -> None:
-    """Turns a file of version 1 into one of version 2, unless another process has done so."""
-    with connection:
-        connection.execute("BEGIN IMMEDIATE")
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
-            connection.execute("ALTER TABLE records ADD COLUMN outcomes TEXT")
-            connection.execute("PRAGMA user_version = 2")
 
 
 def _header_of_made(connection, create: bool) -> list[int]:

@@ -13,7 +13,6 @@ in the traced loss: all matrix products and convolutions that do not depend on a
 `_problem.py` has the start, ℓ and f; this file has the factory and the estimators.
 """
 
-import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -171,15 +170,9 @@ def adaptation(
     )
     problem = _problem.make_problem(spec, constants_once=False)
     unrolling = _problem.make_problem(spec, constants_once=True)
-    if rule is None:
-        # Checkpoints save memory, but each would store a copy of the part that is computed once.
-        trained = unrolling if remat == "none" else problem
-        unrolled = _Unrolled(trained, num_steps, order, outer, remat)
-        estimator_at = lambda step: _unrolled_at(unrolled, step)
-    else:
-        if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
-            raise ValueError("Pass `num_steps` to the method and not to its `rule`: the method passes it on.")
-        estimator_at = lambda step: rule(problem, num_steps=num_steps)
+    # Checkpoints save memory, but each would store a copy of the part that is computed once.
+    unrolled = _Unrolled(unrolling if remat == "none" else problem, num_steps, order, outer, remat)
+    estimator_at = lambda step: _unrolled_at(unrolled, step) if rule is None else rule(problem, num_steps=num_steps)
     return Adaptation(
         problem,
         estimator_at(int(LATE)),

@@ -1,5 +1,6 @@
 """Checks of an adaptation: options of unrolling, and at trace time λ, tasks, and the leaves that adapt."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from metaopt.few_shot import _leaves
 
 
 def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
-    """Raises ValueError if `order` is unknown, or if options of unrolling are combined with another rule."""
+    """Raises ValueError for an unknown `order`, and for a rule with `num_steps` or with options of unrolling."""
     is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
     if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
@@ -20,6 +21,8 @@ def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
         raise ValueError(
             "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
         )
+    if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
+        raise ValueError("Pass `num_steps` to the method and not to its `rule`: the method passes it on.")
 
 
 def check_hyperparams(hyperparams: Any, *, learned_rates: bool) -> None:

@@ -97,11 +97,11 @@ def _grid(num: int) -> list["Axes"]:
     return list(grid.ravel()[:num])
 
 
-def _draw_slice(axes: "Axes", at: float, value: float, slope: float, offsets: np.ndarray, values: np.ndarray) -> None:
+def _draw_slice(axes: "Axes", x: float, value: float, slope: float, offsets: np.ndarray, values: np.ndarray) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
-    axes.plot(at + offsets, values, color="C0", label="F")
-    axes.plot(at + offsets, value + slope * offsets, color="C1", linestyle="--", label="slope dF/dλ")
-    axes.plot([at], [value], color="k", marker="o", linestyle="none", markersize=4, label="λ")
+    axes.plot(x + offsets, values, color="C0", label="F")
+    axes.plot(x + offsets, value + slope * offsets, color="C1", linestyle="--", label="slope dF/dλ")
+    axes.plot([x], [value], color="k", marker="o", linestyle="none", markersize=4, label="λ")
     # A steep tangent and the F of runs that diverge leave the axes.
     distances = np.abs(values - value)
     near = values[distances <= 20 * np.nanmedian(distances)] if np.isfinite(values).any() else values[:0]

@@ -60,23 +60,6 @@ def test_outcomes_of_a_child_process_and_of_tuples_have_names():
         assert record.status == "FAIL" and record.outcomes is None and record.reason.startswith("ValueError")
 
 
-def test_a_file_without_outcomes_is_read_and_gets_them_when_it_is_written(tmp_path):
-    file, record = (
-        tmp_path / "records.db",
-        Record("t", {"x": 0.5}, 0.25, 1.0, 2.0, outcomes={"error": 0.25, "size": 3.0}),
-    )
-    blackbox.append_records(file, [record._replace(outcomes=None)])
-    with sqlite3.connect(file) as connection:  # as version 1 of the file is
-        connection.execute("ALTER TABLE records DROP COLUMN outcomes")
-        connection.execute("PRAGMA user_version = 1")
-    connection.close()
-    assert blackbox.read_records(file) == [record._replace(outcomes=None)]
-    assert blackbox.recover_records(file, tmp_path / "copy.db") == 1
-    blackbox.append_records(file, [record._replace(trial=1)])
-    blackbox.append_records(file, [record._replace(trial=2)])
-    assert [r.outcomes for r in blackbox.read_records(file)] == [None, record.outcomes, record.outcomes]
-
-
 def test_a_row_with_broken_outcomes_is_named_and_repeats_differ_by_any_outcome(tmp_path):
     file, record = (
         tmp_path / "records.db",

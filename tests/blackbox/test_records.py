@@ -203,7 +203,7 @@ def test_a_file_of_something_else_and_a_later_version_are_refused(tmp_path):
     with sqlite3.connect(file) as connection:
         connection.execute("PRAGMA user_version = 9")
     connection.close()
-    with pytest.raises(ValueError, match="has version 9; this metaopt reads versions up to 2"):
+    with pytest.raises(ValueError, match="has version 9; this metaopt reads versions up to 1"):
         blackbox.read_records(file)
 
 
