@@ -1,4 +1,4 @@
-"""Batches of rows, as dicts with inputs "x", labels "y", and masks: the mask of rows, and checks of labels."""
+"""Reads the mask and checks the labels of a batch of rows, which is a dict with inputs "x", labels "y" and masks."""
 
 import math
 from collections.abc import Mapping
@@ -12,17 +12,18 @@ from metaopt import _checks
 
 
 def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
-    """The mask of a batch's rows, as `Supernet.apply` takes it: its "mask", if that is [N].
+    """Returns the mask of a batch's rows, [N], in the form that `Supernet.apply` takes.
 
     Args:
       batch: a dict with "x" [N, ...].
 
     Returns:
-      [N]; or None if there is no mask, or if it masks parts of rows [N, ...], such as positions. A loss may leave those
-      out.
+      The entry "mask", [N]. None if the batch has no mask, or if its mask has the shape [N, ...] and marks parts of
+      rows, such as positions. A loss may use such a mask to exclude these parts.
 
     Raises:
-      ValueError: if the batch is not a dict with "x", or if "mask" fits neither rows nor their parts, such as [N, 1].
+      ValueError: if the batch is not a dict with "x", or if "mask" is neither [N] nor [N, ...] with several parts per
+        row. For example, [N, 1] is invalid.
     """
     if not isinstance(batch, Mapping) or "x" not in batch:
         got = f"a dict of {[*batch]}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -68,7 +69,10 @@ def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = N
 
 
 def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
-    """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong, also if traced."""
+    """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong.
+
+    Traced arrays are checked, too.
+    """
     y, x, classes = (batch.get(name) for name in ("y", "x", "class_mask"))
     dtype, y_shape = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
@@ -76,10 +80,10 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
             f'The labels "y" must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the '
             "classes (`np.unique(y, return_inverse=True)[1]`), or pass your own `loss` if the targets are not classes."
         )
-    rows = getattr(x, "shape", None)  # other losses' x may be a tree
-    if rows is not None and rows[:1] != y_shape[:1]:
-        each = " and ".join(str(shape[0]) if shape else "no rows" for shape in (rows, y_shape))
-        raise ValueError(f'"x" and "y" must have the same number of rows; got {each}.')
+    x_shape = getattr(x, "shape", None)  # with another loss, x may be a tree
+    if x_shape is not None and x_shape[:1] != y_shape[:1]:
+        counts = " and ".join(str(shape[0]) if shape else "no rows" for shape in (x_shape, y_shape))
+        raise ValueError(f'"x" and "y" must have the same number of rows; got {counts}.')
     if shape is not None and y_shape != shape:
         raise ValueError(
             f'The labels "y" must have the shape {shape}, the outputs\' shape {(*shape, num_outputs)} without the '

@@ -1,4 +1,4 @@
-"""Checks that several rooms need. Checks of arguments raise a ValueError that names the argument and the fix."""
+"""Checks that several subpackages need. Checks of arguments raise a ValueError that names the argument and the fix."""
 
 import contextlib
 import logging
@@ -55,10 +55,10 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
     if optional and value is None:
         return
     try:
-        holds = value >= 0 if zero else value > 0
+        is_valid = value >= 0 if zero else value > 0
     except TypeError:  # not a number
-        holds = False
-    if not holds:
+        is_valid = False
+    if not is_valid:
         wanted = f"{'at least 0' if zero else 'positive'}{', or None' if optional else ''}"
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
@@ -76,7 +76,7 @@ def is_finite(x: np.ndarray) -> np.ndarray:
         return np.isfinite(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
 
-NEEDS_A_VALUE = (  # what JAX raises if a program reads the value of a traced array
+NEEDS_A_VALUE = (  # JAX's errors if a program reads the value of a traced array
     jax.errors.ConcretizationTypeError,  # `if`, `float`
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -169,8 +169,8 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
     if class_mask is None:
         return
     class_mask = np.asarray(class_mask)
-    place = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
-    allowed = (np.take_along_axis(class_mask, place, axis=-1) > 0).reshape(y.shape)
+    class_index = np.where(inside, y, 0).astype(int).reshape(*class_mask.shape[:-1], -1)
+    allowed = (np.take_along_axis(class_mask, class_index, axis=-1) > 0).reshape(y.shape)
     if (real & ~allowed).any():
         raise ValueError(
             f'{name} have classes that "class_mask" excludes: {np.unique(y[real & ~allowed]).tolist()}. It must be 1 '
@@ -218,23 +218,23 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
 _REST_TOLERANCE = 0.3  # limit of ‖∇θ ℓ‖ / ‖∂f/∂θ‖
 REST_ADVICE = (
     "Take more inner steps per estimate (`num_steps`) or a better inner optimizer, or use `hypergrad.unrolled`, which "
-    "needs no stationary point. The noise of a minibatch counts too: an implicit rule with `batch='full'` leaves it "
-    "out."
+    "needs no stationary point. Minibatch noise also counts as distance from the stationary point; an implicit rule "
+    "with `batch='full'` has no such noise."
 )
 
 
 def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
     """Finds implicit rules that ran far from a stationary point of ℓ, where their hypergradient is biased.
 
-    θ is about A⁻¹ ∇θ ℓ away from rest, where A is the Hessian of the inner loss ℓ. This changes ∂f/∂θ, the right-hand
-    side of the linear system, by (∂²f/∂θ²) A⁻¹ ∇θ ℓ. If f and ℓ have about the same curvature (one loss on two data
-    sets), this change is ∇θ ℓ. So ‖∇θ ℓ‖ / ‖∂f/∂θ‖ estimates the relative error of the hypergradient, in any unit of
-    the loss. The limit is 0.3.
+    θ differs from the stationary point by about A⁻¹ ∇θ ℓ, where A is the Hessian of the inner loss ℓ. This changes
+    ∂f/∂θ, the right-hand side of the linear system, by (∂²f/∂θ²) A⁻¹ ∇θ ℓ. If f and ℓ have about the same curvature
+    (one loss on two data sets), this change is ∇θ ℓ. So ‖∇θ ℓ‖ / ‖∂f/∂θ‖ estimates the relative error of the
+    hypergradient. The ratio does not depend on the unit of the loss. Its limit is 0.3.
 
     Args:
       metrics: scalars by name: the metrics of an estimate, or their means over some steps. The function compares
-        "inner_grad_norm", or "outer_grad_shift" where there is one, with "outer_grad_norm", also under the prefixes of
-        `hypergrad.partition`. Other rules have no such pair.
+        "inner_grad_norm" and "outer_grad_shift", if present, with "outer_grad_norm". The names may have the prefixes of
+        `hypergrad.partition`. The metrics of rules that are not implicit do not have these pairs.
 
     Returns:
       One sentence for each such rule; `REST_ADVICE` lists the remedies.
@@ -300,12 +300,12 @@ def _are_outcomes(outcomes: Any, first: float) -> bool:
         numbers = [float(value) for value in outcomes.values()]
     except (AttributeError, TypeError, ValueError, OverflowError):
         return False
-    named = bool(numbers) and all(isinstance(name, str) for name in outcomes)
-    return named and (numbers[0] == first or (math.isnan(numbers[0]) and math.isnan(first)))
+    has_names = bool(numbers) and all(isinstance(name, str) for name in outcomes)
+    return has_names and (numbers[0] == first or (math.isnan(numbers[0]) and math.isnan(first)))
 
 
 def constant_state_logged_once() -> Callable[[base.PyTree], None]:
-    """Makes a warning that a model state with floating-point leaves stays constant.
+    """Makes a function that logs a warning, once, if a model state with floating-point leaves stays constant.
 
     Returns:
       A function of the model state, which logs the warning at its first call with such a leaf.

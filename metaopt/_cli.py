@@ -22,7 +22,7 @@ _EXAMPLES = """examples:
 exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor)
 """
 
-_MOST_CLASSES = 20  # of whole numbers; more of them are a numeric target
+_MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the rest at its end
+        # Otherwise Python writes the rest of the output when it exits, and reports the error again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"metaopt: {error}", file=sys.stderr)
@@ -69,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
     fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")
-    fit.add_argument("--groups", help="a column of groups, such as patients, which stay together in a fold")
+    fit.add_argument(
+        "--groups", help="a column of groups, such as patients; rows of one group are never split between folds"
+    )
     fit.add_argument("--order", help="a column of times: models are validated on later rows")
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
@@ -81,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--coverage",
         type=float,
-        help="also an interval of the target (lower, upper), or a set of labels, that has the truth with this "
-        "probability, such as 0.9",
+        help="also write, for each row, an interval (lower, upper) or a set of labels that contains the true value "
+        "with this probability, such as 0.9",
     )
     predict.set_defaults(run=_predict)
 
@@ -102,7 +105,7 @@ def _fit(options: argparse.Namespace) -> int:
     from metaopt import _saving, automl
 
     _require_packages()
-    _check_out(options.out, options.data)  # before the time is spent
+    _check_out(options.out, options.data)  # before the long fit
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
     for name in special:
@@ -112,9 +115,9 @@ def _fit(options: argparse.Namespace) -> int:
     target = values if options.problem == "classification" else _numbers(values)
     known = (~target.isna()).to_numpy()
     if not known.all():
-        words = values[~known].dropna().unique().tolist()
-        example = f" (such as {words[0]!r})" if words else ""
-        print(f"{(~known).sum()} rows have no target{example} and are left out.", file=sys.stderr)
+        invalid_values = values[~known].dropna().unique().tolist()
+        example = f" (such as {invalid_values[0]!r})" if invalid_values else ""
+        print(f"{(~known).sum()} rows have no valid target{example}; they are not used.", file=sys.stderr)
     frame, target = frame[known], target[known]
     problem = options.problem or _problem(target)
     kind = automl.AutoClassifier if problem == "classification" else automl.AutoRegressor
@@ -235,16 +238,19 @@ def _load(path: Path) -> Any:
 
 
 def _check_out(out: Path, *inputs: Path) -> None:
-    """Raises ValueError if a file cannot be written, or would replace one that is read."""
+    """Raises ValueError if `out` is not a file in an existing folder, or is one of the input files."""
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"`--out` must be a file in a folder that exists; got {out}.")
     for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
-            raise ValueError(f"`--out` would replace {path}, which is read; choose another name.")
+            raise ValueError(f"`--out` is the input file {path}, and would replace it; choose another name.")
 
 
 def _read_rows(path: Path, model: Any) -> Any:
-    """Reads new rows for a model: its columns in their order. Columns that it dropped need not be in the file."""
+    """Reads new rows for a model. The result has the model's columns, in the model's order.
+
+    Columns that the model dropped may be missing in the file.
+    """
     encoder = model.encoder_
     names = encoder.input_names
     texts = [names[code.source] for code in encoder.columns if code.levels or code.reading]
@@ -262,39 +268,46 @@ def _read_rows(path: Path, model: Any) -> Any:
 
 
 def _read(path: Path, texts: Collection[str] = ()) -> Any:
-    """Reads a CSV file. Only empty fields are missing here; the encoder interprets words such as "NA".
+    """Reads a CSV file. Only empty fields count as missing here; the encoder interprets words such as "NA".
 
-    The delimiter gives the next lines as many fields as the header, if there is such a one; of several, it is the one
-    that gives the header most fields. The columns of `texts` are not read as numbers.
+    The delimiter is one of ";", tab, "|" and ",". A delimiter that splits the header into several fields is preferred.
+    Among these, one is preferred that gives the next lines as many fields as the header, and then the one that gives
+    the header most fields. The columns of `texts` are not read as numbers.
     """
     pandas = _require_packages()
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         start = file.read(65536).splitlines(keepends=True)
     num_blank = next((i for i, line in enumerate(start) if line.strip(" \r\n")), 0)
-    rank = {mark: _fit_of_delimiter(start[num_blank:], mark) for mark in ";\t|,"}  # a comma may be in numbers, too
-    separator = max(rank, key=rank.__getitem__)
+    # Of equal fits, `max` returns the first one. The comma is last, because it may be in numbers, too.
+    fit_by_delimiter = {delimiter: _fit_of_delimiter(start[num_blank:], delimiter) for delimiter in ";\t|,"}
+    separator = max(fit_by_delimiter, key=fit_by_delimiter.__getitem__)
     options = {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
     options |= {"low_memory": False, "dtype": dict.fromkeys(texts, str), "skiprows": num_blank}
     try:
         # In a file with one column, a blank line is a row with a gap.
-        return pandas.read_csv(path, skip_blank_lines=rank[separator][0], **options)
+        return pandas.read_csv(path, skip_blank_lines=fit_by_delimiter[separator][0], **options)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8: save it as UTF-8 ({error}).") from error
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
 
 
-def _fit_of_delimiter(lines: Sequence[str], mark: str) -> tuple[bool, bool, int, int]:
-    """Whether there are several columns, whether all lines have as many, the number of columns, and of such lines."""
-    header, *rows = [row for row in csv.reader(lines, delimiter=mark) if row][:20] or [[]]
+def _fit_of_delimiter(lines: Sequence[str], delimiter: str) -> tuple[bool, bool, int, int]:
+    """Returns how well a delimiter fits the lines; larger is better.
+
+    The first entry is whether the header has several columns. A line is equal if it has as many columns as the header.
+    The other entries are whether all lines are equal, the number of columns, and the number of equal lines.
+    """
+    header, *rows = [row for row in csv.reader(lines, delimiter=delimiter) if row][:20] or [[]]
     num_equal = sum(len(row) == len(header) for row in rows)
     return len(header) > 1, num_equal == len(rows), len(header), num_equal
 
 
 def _numbers(target: Any) -> Any:
-    """Numbers of a target of texts, if all of them are read as numbers: "1,065", or "NA" among numbers.
+    """Converts a target of texts to numbers, if the encoder reads all of them as numbers.
 
-    Few whole numbers above 2^53 are classes, and stay texts if float64 would merge them.
+    Examples are "1,065", and "NA" among numbers. Whole numbers above 2^53 stay texts if float64 would merge some of
+    them and they have at most 20 different values, because such a target has classes.
     """
     import numpy as np
 
@@ -314,7 +327,7 @@ def _numbers(target: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_notes() -> Iterator[None]:
-    """Hides the encoder's notes about columns, such as those that another call has logged."""
+    """Hides the encoder's log lines about columns, for example because another call has already logged them."""
     logger = logging.getLogger("metaopt.tasks")
     level = logger.level
     logger.setLevel(logging.ERROR)

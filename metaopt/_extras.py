@@ -27,7 +27,7 @@ def require(module: str, extra: str, caller: str) -> Any:
 
 
 def hint(extra: str) -> str:
-    """How to install an extra: from a clone, or by the package's name where an index has it."""
+    """Returns how to install an extra: from a clone, or by the package's name if a package index has the package."""
     return (
         f'install the extra "{extra}" of metaopt-jax, in a clone by `pip install -e ".[{extra}]"`, '
         f'or else by `pip install "metaopt-jax[{extra}]"`'

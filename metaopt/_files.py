@@ -23,8 +23,8 @@ import numpy as np
 
 # Compressed data may unpack to this many bytes, plus this many for each byte on disk. None of the published tables that
 # metaopt reads unpacks to more than 30 bytes for each byte.
-_FREE = 2**24
-_RATIO = 100
+_UNPACKED_BASE = 2**24
+_UNPACKED_PER_BYTE = 100
 _CHUNK = 2**20
 
 _MAX_HEADER = 10_000  # bytes of the header of an array
@@ -60,8 +60,9 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
 
     Raises:
       ValueError: "{path} {fault}: {reason}".
-      OSError: if the operating system cannot open or read the file. (Such an error names the file. Errors of compressed
-        data are an `OSError`, too, but do not name it.) Errors whose message begins with the path pass unchanged, too.
+      OSError: if the operating system cannot open or read the file. Such an error has a `filename` and passes
+        unchanged. (Errors of damaged compressed data may also be an `OSError`, but without a `filename`. They become a
+        ValueError.) A ValueError or an OSError whose message begins with the path passes unchanged, too.
     """
     name = os.fspath(path)
     try:
@@ -82,7 +83,7 @@ def reading(path: str | os.PathLike[str], fault: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a new file that replaces the one at `path` at the end. After an error the old file is unchanged.
+    """Opens a new file. When the body ends, it replaces the file at `path`; after an error, the old file is unchanged.
 
     Args:
       path: the path of the file.
@@ -154,14 +155,16 @@ def read_compressed(path: str | os.PathLike[str]) -> bytes:
         while part := file.read(_CHUNK):
             size += len(part)
             if size > limit:
-                raise ValueError(f"{os.fspath(path)} unpacks to more than {limit} bytes, which real data do not.")
+                raise ValueError(
+                    f"{os.fspath(path)} unpacks to more than {limit} bytes, so it is probably damaged or malicious."
+                )
             parts.append(part)
     return b"".join(parts)
 
 
 def unpacked_limit(packed: int) -> int:
     """Returns the number of bytes to which a file of `packed` bytes may unpack."""
-    return _FREE + _RATIO * packed
+    return _UNPACKED_BASE + _UNPACKED_PER_BYTE * packed
 
 
 class Spec(NamedTuple):
@@ -172,7 +175,9 @@ class Spec(NamedTuple):
 
 
 class Npz:
-    """The arrays of an open `.npz` file. Names, types and shapes are read at first, and an array when it is requested.
+    """The arrays of an open `.npz` file.
+
+    Names, types and shapes are read when the file is opened. Each array is read only when it is requested.
 
     Attributes:
       specs: type and shape by name. The shape agrees with the number of bytes, and the total number of bytes is within
@@ -186,7 +191,7 @@ class Npz:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
             if name == info.filename or name in self.specs:
-                raise ValueError(f"its member {info.filename!r} is not an array, or is there twice")
+                raise ValueError(f"its member {info.filename!r} is not an array, or occurs twice")
             spec = self.specs[name] = self._spec(info)
             # Axes of length 0 count as 1: a list of 1e9 empty rows is large, too.
             total += math.prod(max(n, 1) for n in spec.shape) * max(spec.dtype.itemsize, 1)
@@ -235,15 +240,15 @@ class Npz:
         Raises:
           ValueError: if an array is missing, not expected, of another shape or type, or not finite.
         """
-        if more := sorted(self.specs.keys() - shapes.keys()):
-            raise ValueError(f"it has arrays that do not belong there: {', '.join(more)}")
+        if unexpected := sorted(self.specs.keys() - shapes.keys()):
+            raise ValueError(f"it has unexpected arrays: {', '.join(unexpected)}")
         for name, shape in shapes.items():
             spec = self.specs.get(name)
-            right = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
-            if spec is None or spec.shape != shape or not right:
-                actual = "there is none" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
+            has_dtype = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
+            if spec is None or spec.shape != shape or not has_dtype:
+                actual = "it is missing" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
                 expected = others.get(name, "floating-point")
-                raise ValueError(f"the array {name} should be {expected} of shape {shape}, and {actual}")
+                raise ValueError(f"the array {name} should be {expected} of shape {shape}, but {actual}")
         arrays = {name: self[name] for name in shapes}
         for name, array in arrays.items():
             if array.dtype.kind in "fc":
@@ -296,11 +301,11 @@ def check_finite(name: str, array: np.ndarray, *, missing: bool = False, infinit
         for part in (np.real(array), np.imag(array)):
             check_finite(name, part, missing=missing, infinite=infinite)
         return
-    fine = np.abs(array) <= np.finfo(np.float32).max
+    is_valid = np.abs(array) <= np.finfo(np.float32).max
     if missing:
-        fine |= np.isnan(array)
+        is_valid |= np.isnan(array)
     if infinite:
-        fine |= np.isinf(array)
-    if not fine.all():
+        is_valid |= np.isinf(array)
+    if not is_valid.all():
         fault = "NaN, or beyond the largest float32" if infinite else "not finite in float32"
         raise ValueError(f"the array {name} has entries that are {fault}")

@@ -37,7 +37,7 @@ def shuffled(key: jax.Array, epoch: jax.Array, position: jax.Array, size: int | 
     """
     size = jnp.asarray(size, jnp.uint32)
     seed = jax.random.bits(key, (2,), jnp.uint32)
-    # From 12 rounds on, the statistics of 64 rows among 5,000 equal those of true permutations. We use twice as many.
+    # With 12 rounds, the statistics of 64 of 5,000 rows already equal those of true permutations. We use twice as many.
     rounds = jnp.arange(24, dtype=jnp.uint32)
     salt = mix_bits(seed[0] ^ mix_bits(jnp.asarray(epoch).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
     x = jnp.asarray(position).astype(jnp.uint32)

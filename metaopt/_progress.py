@@ -14,7 +14,7 @@ import numpy as np
 
 from metaopt._jaxpr import Tracer
 
-EVERY = 8.0  # seconds between two lines; with the time to the next tick up to 10 on a busy machine
+EVERY = 8.0  # seconds between two lines; up to 10 on a busy machine, since a line waits for the next tick
 SOON = 2.0  # seconds after which a compilation gets its first line
 HINT_AFTER = 5.0  # seconds of compilation after which we mention JAX's cache
 HINT = (
@@ -24,7 +24,7 @@ HINT = (
 
 
 class Report:
-    """The progress of one call, which calls `report(completed, **fields)` after every step."""
+    """The progress of one long call. The loop of this call calls `report(completed, **fields)` after every step."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Report:
 
     @contextlib.contextmanager
     def during(self, name: str, *, compiles: bool = False) -> Iterator[None]:
-        """Names a phase of the call besides its steps, such as "evaluating"."""
+        """Shows a phase of the call other than its steps, such as "evaluating", while the body runs."""
         outer, self.phase = self.phase, (name, self.display.clock(), compiles)
         try:
             yield
@@ -59,7 +59,7 @@ class Report:
 
     @contextlib.contextmanager
     def compiling(self, program: str) -> Iterator[None]:
-        """Names a compilation as the phase. A log gets a line after 2 s, and one at its end."""
+        """Shows a compilation as the phase. If it takes more than 2 s, a log has a line then and one at its end."""
         began = self.display.clock()
         with self.during(f"compiling {program}", compiles=True):
             yield
@@ -171,8 +171,8 @@ def report_progress(
 ) -> Iterator[Report]:
     """Reports the progress of a loop on standard error.
 
-    A terminal or notebook shows a bar. Elsewhere, for example in a log file, a line appears every 10 s, and one at the
-    end if there was one before. Reports may be nested.
+    A terminal or notebook shows a bar. Elsewhere, for example in a log file, a line appears every 10 s. If a line has
+    appeared, a last one appears at the end. Reports may be nested.
 
     Args:
       total: the number of steps. None if the caller has no steps to count; then there is no bar.
@@ -202,7 +202,7 @@ def report_progress(
 
 
 def reporting(function: Callable, program: str) -> Callable:
-    """Reports the compilations of a jitted function: its first call, and those with arrays of other shapes.
+    """Reports the compilations of a jitted function, at its first call and at calls with other shapes or types.
 
     Args:
       function: the jitted function.
@@ -237,7 +237,7 @@ def _bars() -> Any:
     if not (console.is_terminal or console.is_jupyter):
         return None
     text = TextColumn("{task.fields[report]}", markup=False)  # formats the report again whenever it is drawn
-    to_terminal = console.is_jupyter or sys.stdout.isatty()  # else rich would print a redirected stdout to the terminal
+    to_terminal = console.is_jupyter or sys.stdout.isatty()  # else rich would send a redirected stdout there, too
     columns = BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn()
     return Progress(*columns, console=console, redirect_stdout=to_terminal)
 

@@ -1,4 +1,4 @@
-"""Draws around a predicted λ, and their outer losses under one key; `training` and `predictors` share them."""
+"""Draws candidates around a predicted λ, and evaluates their outer losses; for `training` and `predictors`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -48,7 +48,8 @@ def check_no_spread(name: str, hyperparams: base.HyperParams) -> None:
 def check_spread(spread: base.PyTree) -> None:
     """Raises ValueError if a number of `spread` that is not traced is negative, infinite or NaN.
 
-    With NaN, no candidate has an outer loss, and the start is the best.
+    Without this check, NaN in `spread` would give every candidate except the center the outer loss NaN. The center
+    would then be the best, without an error.
 
     Args:
       spread: a number or an array, or a tree of them; None has no numbers.
@@ -100,15 +101,19 @@ def candidates(normal: Normal, noise: base.HyperParams) -> base.HyperParams:
 
 
 def num_excluded(metrics: Mapping[str, Any]) -> jax.Array:
-    """The number of runs, of tasks and seeds, that a mean excludes as non-finite, plus a constant of the estimator.
+    """Returns the number of non-finite runs that the mean of an estimate excludes, plus a constant of the estimator.
+
+    A run has one task and one seed.
 
     Args:
-      metrics: of an estimate, perhaps by `hypergrad.over_tasks`, `hypergrad.over_seeds` or both.
+      metrics: the metrics of an estimate. Its estimator may be wrapped by `hypergrad.over_tasks`,
+        `hypergrad.over_seeds` or both.
 
     Returns:
-      []; only its differences between λ have a meaning.
+      A scalar. Only the difference of two such numbers, for two λ, has a meaning.
     """
-    # Of nested wrappers, the inner number is a mean over the finite ones of the outer one. So the product counts runs.
+    # If both wrappers are nested, the inner one's metric is a mean over the finite entries of the outer one. The
+    # product is therefore the number of finite runs.
     finite = metrics.get("num_finite", 1.0) * metrics.get("num_finite_seeds", 1.0)
     return -jnp.round(jnp.asarray(finite, float))
 
@@ -125,44 +130,46 @@ def values(
     task: base.Task,
     chunk: int | None,
     *,
-    read: Callable[[base.Estimate], Any] = value_and_excluded,
+    read_fn: Callable[[base.Estimate], Any] = value_and_excluded,
 ) -> Any:
     """F of every candidate, from a fresh start with one key.
 
-    The candidates run in loops, which JAX compiles also outside `jit`. Only the values leave them, so the compiler
-    omits the hypergradients.
+    The candidates run in loops, which JAX compiles even outside `jit`. Only the values leave the loops, so the compiler
+    removes the computation of the hypergradients.
 
     Args:
       estimator: the estimator of F.
       key: the key of every start: all candidates have the same initialization and the same order of the data.
       candidates: leaves [K, ...].
-      task: the task of all.
+      task: the task of all candidates.
       chunk: the number of candidates that run at once; None runs all.
-      read: the parts of an estimate to return.
+      read_fn: selects the parts of an estimate to return.
 
     Returns:
-      The result of `read` with a leading axis [K]; by default F and the excluded tasks and seeds, for `ranked`.
+      The result of `read_fn` with a leading axis [K]; by default F and the excluded tasks and seeds, for `ranked`.
     """
-    num = len(jax.tree.leaves(candidates)[0])
-    chunk = num if chunk is None else min(chunk, num)
+    num_candidates = len(jax.tree.leaves(candidates)[0])
+    chunk = num_candidates if chunk is None else min(chunk, num_candidates)
 
     def value(hyperparams):
-        return read(estimator.estimate(hyperparams, task, estimator.init(key, hyperparams, task))[0])
+        return read_fn(estimator.estimate(hyperparams, task, estimator.init(key, hyperparams, task))[0])
 
-    whole = num - num % chunk  # `lax.map` would run the others outside the loop
+    # `lax.map` would run the remaining ones outside the loop.
+    num_in_full_chunks = num_candidates - num_candidates % chunk
+    full, remaining = slice(0, num_in_full_chunks), slice(num_in_full_chunks, num_candidates)
     parts = [
         jax.lax.map(value, jax.tree.map(lambda x, rows=rows: x[rows], candidates), batch_size=size)
-        for rows, size in ((slice(0, whole), chunk), (slice(whole, num), num - whole))
+        for rows, size in ((full, chunk), (remaining, num_candidates - num_in_full_chunks))
         if size
     ]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
 def ranked(values: jax.Array, excluded: jax.Array) -> jax.Array:
-    """The values, with ∞ in place of those that must not be the smallest.
+    """Returns the values, with ∞ in place of those that must not be ranked best.
 
-    These are the values that are not finite, and the means that exclude more tasks or seeds than others. Such a mean
-    may be small only because the hardest tasks diverge.
+    A value becomes ∞ if it is not finite, or if it is a mean that excludes more tasks or seeds than another finite
+    value. Such a mean may be small only because the hardest tasks diverge.
 
     Args:
       values: [K] outer losses.

@@ -1,7 +1,7 @@
 """One pair for everything that can be saved: `metaopt.save(path, value)` and `metaopt.load(path)`.
 
 A file holds a header (JSON) and arrays, and no code. It is one `.npz` file, or a JSON text if the value has no arrays.
-A room registers its types next to their code:
+A subpackage registers its types next to their code:
 
     _saving.register(_saving.Kind("predictor", TrainedPredictor, encode, decode))
 
@@ -30,7 +30,7 @@ class Kind(NamedTuple):
     """How values of one type are saved.
 
     Attributes:
-      name: the format in the header is "metaopt." and this name.
+      name: the header's "format" is "metaopt." followed by this name.
       type: the type of the values.
       encode: `(value) -> (header, arrays)`, a dict of JSON values and a dict of arrays by name.
       decode: `(header, file, **parts) -> value`, where `file` is a `_files.Npz`.
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
 
 _KINDS: dict[str, Kind] = {}
-# Formats whose module needs an extra, and registers them when it is imported.
+# Formats of modules that need an extra. `load` imports the module, which then registers the format.
 _LATE = {
     "metaopt.auto_classifier": "metaopt.automl._saved",
     "metaopt.auto_clusterer": "metaopt.automl._clusterer",
@@ -93,7 +93,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
         exactly.
 
     Raises:
-      TypeError: if values of this type cannot be saved, such as a pipeline; its last step can.
+      TypeError: if values of this type cannot be saved, such as a pipeline. (If the last step of a pipeline has one of
+        these types, you can save this step.)
       ValueError: if the value is inconsistent, or a part of it cannot be written as JSON.
       ValueError: if a number is not finite. A pytree of arrays may have infinities, but no NaN, and no number beyond
         the largest float32.
@@ -117,8 +118,8 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
             )
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
-            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}. Of any other type, it saves "
-            f"pytrees of arrays only, but {reason}."
+            f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}, and pytrees of "
+            f"arrays. This value is not a pytree of arrays: {reason}."
         )
     format_, kind = by_type.get(type(value)) or by_type[Pytree]
     header, arrays = kind.encode(value)
@@ -142,11 +143,12 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
       path: the file.
       **parts: the parts that the file cannot hold: `ops=` for a `nas.TrainedNetwork` (such as `nas.DARTS_OPS`; {} for a
         network of sizes), `meta=` for a `nas.TrainedMetaArchitecture`, and `like=` for a pytree: one of the same
-        structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays get the types of
-        the template, and all others must have them. The file has everything else: all other types take the path only.
-        `load` compares the classes in `like` (modules, states of optimizers) with those in the file, and rejects
-        others. It warns if a number or a text among the settings of an Equinox or NNX module differs. It cannot compare
-        plain dicts of arrays: with another normalization, the same weights predict something else.
+        structure, shapes and types (arrays, or the result of `jax.eval_shape`). Floating-point arrays are cast to the
+        types in `like`. All other arrays must already have the types in `like`. For every other type of value, pass
+        only the path. `load` compares the classes in `like` (modules, states of optimizers) with those in the file, and
+        raises if they differ. It warns if a number or a text among the settings of an Equinox or NNX module differs. It
+        cannot compare the settings of a model whose parameters are plain dicts. If `like` is from such a model with
+        another normalization layer, the weights load without an error, and its predictions are wrong.
 
     Returns:
       The saved value. Predictions are equal to the bit if JAX's default floating-point type is the same.
@@ -181,7 +183,7 @@ def load(path: str | os.PathLike[str], **parts: Any) -> Any:
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], _files.Npz]]:
-    """Opens a file; yields its header and its arrays, of which a JSON text has none."""
+    """Opens a file, and yields its header and its arrays. A JSON text has no arrays."""
     with open(path, "rb") as stream:
         start = stream.read(1)
         stream.seek(0)
@@ -194,13 +196,13 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], _fil
 
 
 def storable(x: Any) -> np.ndarray:
-    """Returns an array of a type that `.npz` files have: they have no bfloat16."""
+    """Returns the array in a type that `.npz` files support: bfloat16 becomes float32."""
     array = np.asarray(x)
     return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def named_leaves(prefix: str, tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by `prefix` and their path; leaves may also be shapes with types."""
+    """The leaves of a tree by name, which is `prefix` and the path. A leaf may also be a shape with a type."""
     return {prefix + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -220,7 +222,10 @@ class Pytree:
 
 
 def _reason_against_a_pytree(value: Any, *, abstract: bool = False) -> str:
-    """The first leaf that is not an array of numbers; empty if all are. `abstract` permits shapes with types."""
+    """Describes the first leaf that is not an array of numbers. Returns an empty text if all leaves are such arrays.
+
+    With `abstract`, a leaf may also be a shape with a type.
+    """
     types = float | np.generic | np.ndarray | jax.Array
     types = types | jax.ShapeDtypeStruct if abstract else types
     leaves = jax.tree_util.tree_leaves_with_path(value)
@@ -244,13 +249,14 @@ def _encode_pytree(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     arrays = {name: storable(jax.random.key_data(leaf) if name in keys else leaf) for name, leaf in leaves.items()}
     for name, array in arrays.items():
         if array.dtype.kind in "fc":
-            _files.check_finite(name, array, infinite=True)  # such as the best value of a new `reduce_on_plateau`
+            # The best value of a new `reduce_on_plateau` is infinite.
+            _files.check_finite(name, array, infinite=True)
     return {"nodes": _nodes("leaf", value)} | ({"keys": keys} if keys else {}), arrays
 
 
 def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> Any:
     if reason := _reason_against_a_pytree(like, abstract=True):
-        raise ValueError(f"`like` must be a pytree of arrays, and {reason}")
+        raise ValueError(f"`like` must be a pytree of arrays, but {reason}")
     templates = named_leaves("leaf", like)
     stored = {k: jax.eval_shape(jax.random.key_data, x) if _is_key(x) else x for k, x in templates.items()}
     types = {name: np.dtype(getattr(leaf, "dtype", float)) for name, leaf in stored.items()}
@@ -264,7 +270,10 @@ def _decode_pytree(header: dict[str, Any], file: _files.Npz, *, like: Any) -> An
 
 
 def _like(name: str, array: np.ndarray, template: Any, implementation: str | None) -> jax.Array:
-    """An array of a file with the type of its template. Only keys have an implementation, such as "threefry2x32"."""
+    """Converts an array of a file to the type of its template.
+
+    `implementation` names the generator of a PRNG key, such as "threefry2x32". Any other array has None.
+    """
     if implementation is None and not _is_key(template):
         result = jnp.asarray(array, jnp.result_type(template))
         if array.dtype.kind in "iu" and (np.asarray(result) != array).any():
@@ -275,12 +284,14 @@ def _like(name: str, array: np.ndarray, template: Any, implementation: str | Non
     data = jnp.asarray(array)
     key = jax.random.wrap_key_data(data, impl=implementation) if implementation else data
     if key.dtype != template.dtype:
-        raise ValueError(f"the array {name} should be of type {template.dtype}, and is {key.dtype}")
+        raise ValueError(f"the array {name} should be of type {template.dtype}, but is of type {key.dtype}")
     return key
 
 
 def _nodes(name: str, tree: Any) -> dict[str, Any]:
-    """Name -> [type, settings] of the nodes with leaves, except for plain containers. `settings` maps to texts.
+    """Returns name -> [type, settings] for each node that has leaves, except for plain containers.
+
+    `settings` maps the names of attributes to texts.
 
     A layer normalization and a group normalization have arrays of the same names and shapes. Only the type of the node
     and settings such as the number of groups differ.
@@ -288,8 +299,8 @@ def _nodes(name: str, tree: Any) -> dict[str, Any]:
     children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     if not children or not children[0][0]:
         return {}
-    below = [_nodes(name + jax.tree_util.keystr(path), child) for path, child in children]
-    nodes = {key: node for part in below for key, node in part.items()}
+    child_nodes = [_nodes(name + jax.tree_util.keystr(path), child) for path, child in children]
+    nodes = {key: node for part in child_nodes for key, node in part.items()}
     if isinstance(tree, Mapping | MutableSequence) or type(tree) is tuple or not jax.tree.leaves(tree):
         return nodes
     leaves = {jax.tree_util.keystr(path, simple=True) for path, _ in children}
@@ -300,26 +311,27 @@ def _nodes(name: str, tree: Any) -> dict[str, Any]:
 
 
 def _is_setting(x: Any) -> bool:
-    # Without booleans: many of them are switches between training and evaluation.
+    # Booleans are not compared, since many of them are switches between training and evaluation.
     return type(x) in (int, float, str) or (type(x) is tuple and all(map(_is_setting, x)))
 
 
-def _check_nodes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+def _check_nodes(stored: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     """Raises ValueError if a node of `like` has another type than in the file. Warns if settings differ."""
     plain = ["plain container", {}]
-    for name in {**stored, **own}:
-        (its_type, its_settings), (own_type, own_settings) = stored.get(name, plain), own.get(name, plain)
-        if its_type != own_type:
+    for name in {**stored, **like}:
+        stored_type, stored_settings = stored.get(name, plain)
+        like_type, like_settings = like.get(name, plain)
+        if stored_type != like_type:
             raise ValueError(
-                f"{name} is of type {its_type} in the file and of type {own_type} in `like`; make `like` by the code "
-                "that made the saved value"
+                f"{name} is of type {stored_type} in the file and of type {like_type} in `like`; make `like` by the "
+                "code that made the saved value"
             )
-        different = [key for key in own_settings if its_settings.get(key, own_settings[key]) != own_settings[key]]
+        different = [key for key, setting in like_settings.items() if stored_settings.get(key, setting) != setting]
         if different:
-            texts = [f"`{key}` is {own_settings[key]} (in the file {its_settings[key]})" for key in different]
+            texts = [f"`{key}` is {like_settings[key]} (in the file {stored_settings[key]})" for key in different]
             warnings.warn(
-                f"The {own_type} {name} has the settings of `like`, which differ from those of the saved one: "
-                f"{', '.join(texts)}.",
+                f"The settings of the {like_type} {name} differ between `like` and the file: {', '.join(texts)}. The "
+                "settings of `like` are used.",
                 stacklevel=4,
             )
 

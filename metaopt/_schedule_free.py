@@ -1,7 +1,8 @@
 """The states of `optax.contrib.schedule_free` and `optax.inject_hyperparams` within a state of any optimizer.
 
 A schedule-free state holds z. The gradient is taken at the parameters y, and the average is x = (y - (1 - b1) z) / b1.
-Under `optax.masked` or `optax.partition`, z has `optax.MaskedNode` in place of the parameters of the others.
+Under `optax.masked` or `optax.partition`, z has `optax.MaskedNode` in place of the parameters that this optimizer does
+not train.
 """
 
 import collections
@@ -35,7 +36,7 @@ def states(tree: base.PyTree) -> list[optax.contrib.ScheduleFreeState]:
 
 
 def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base.Params:
-    """Returns x where the state has z, and y for other parameters.
+    """Returns the average x for the parameters with a z in the state, and y for all other parameters.
 
     Args:
       state: a schedule-free state.
@@ -53,7 +54,8 @@ def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base
             return y
         if not jax.tree_util.all_leaves([y]) or jnp.shape(z) != jnp.shape(y):
             raise ValueError("The shapes differ.")
-        b1 = jnp.expand_dims(state.b1, tuple(range(jnp.ndim(state.b1), jnp.ndim(z))))  # a batch of states has several
+        # In a batch of states, b1 has one entry for each state.
+        b1 = jnp.expand_dims(state.b1, tuple(range(jnp.ndim(state.b1), jnp.ndim(z))))
         return ((y - (1.0 - b1) * z) / b1).astype(y.dtype)
 
     try:
@@ -66,12 +68,14 @@ def average(state: optax.contrib.ScheduleFreeState, params: base.Params) -> base
 
 
 def check_is_last(tree: base.PyTree) -> None:
-    """Raises ValueError if a transform follows a schedule-free one in an `optax.chain`: z would not know its changes.
+    """Raises ValueError if a transform follows a schedule-free one in an `optax.chain`.
 
-    A member that is masked may be followed by members for other parameters, so it is not checked.
+    The later transform would change the updates, and z would not include these changes. A masked member of a chain is
+    not checked, because the members that follow it may be for other parameters.
 
     Args:
-      tree: the state of an optimizer. That of a chain is a plain tuple, and that of a named chain an `OrderedDict`.
+      tree: the state of an optimizer. The state of a chain is a plain tuple. The state of a named chain is an
+        `OrderedDict`.
     """
     is_known = lambda x: _is_state(x) or isinstance(x, optax.MaskedState)
     members = list(tree.values()) if isinstance(tree, collections.OrderedDict) else tree
@@ -92,14 +96,14 @@ def _is_injected(x: Any) -> bool:
 
 def keeps_hyperparams(tree: base.PyTree) -> bool:
     """Whether the state of an optimizer holds hyperparameters of its factory, which `refreshed` replaces."""
-    is_either = lambda x: _is_state(x) or _is_injected(x)
-    return any(map(is_either, jax.tree.leaves(tree, is_leaf=is_either)))
+    has_hyperparams = lambda x: _is_state(x) or _is_injected(x)
+    return any(map(has_hyperparams, jax.tree.leaves(tree, is_leaf=has_hyperparams)))
 
 
 def refreshed(tree: base.PyTree, fresh: base.PyTree) -> base.PyTree:
-    """Replaces the hyperparameters that optax keeps in a state: b1 of schedule-free, and those that are injected.
+    """Replaces the hyperparameters that optax keeps in a state: b1 of schedule-free, and injected hyperparameters.
 
-    They are those of the λ with which the state was made. λ may have changed since then.
+    The state has their values for the λ with which it was made. λ may have changed since then.
 
     Args:
       tree: the state of an optimizer.
@@ -130,7 +134,7 @@ def shifted(tree: base.PyTree, shift: base.Params) -> base.PyTree:
     Returns:
       `tree` with z + `shift`.
     """
-    move = lambda z, by: z if _is_masked(z) else z + by.astype(z.dtype)
+    move = lambda z, delta: z if _is_masked(z) else z + delta.astype(z.dtype)
 
     def moved(x):
         return x._replace(z=jax.tree.map(move, x.z, shift, is_leaf=_is_masked)) if _is_state(x) else x

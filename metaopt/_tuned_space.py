@@ -1,8 +1,8 @@
-"""Which space a program converts coordinates by, so that a run with another space is noticed.
+"""Records which spaces a program uses to convert coordinates, so that a run with another space raises an error.
 
-Coordinates of two spaces of one structure look alike, and each space gives another λ for them. `fit` and `fine_tune`
-convert λ by their `space`. While they trace a step, `recording` notes by which spaces the problem converts; `check`
-compares them.
+If two spaces have the same structure, their coordinates look alike, but each space maps them to another λ. `fit` and
+`fine_tune` convert λ with their argument `space`. While they trace a step, `recording` records the spaces with which
+the problem converts coordinates. `check` compares these spaces with the argument.
 """
 
 import contextlib
@@ -18,13 +18,15 @@ import numpy as np
 
 _log = logging.getLogger("metaopt")
 _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
-# Step -> the spaces that it converts by. JAX traces a step only once, so a second run of it records nothing.
+# Step -> the spaces that it converts with. JAX traces a step only once, so a second run of the step records nothing.
 _RECORDS: weakref.WeakKeyDictionary[Callable, list] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def recording(step: Callable) -> Iterator[None]:
-    """Records the spaces by which coordinates are converted meanwhile, as those of `step`; the innermost one counts.
+    """Records the spaces that convert coordinates while the body runs, as the spaces of `step`.
+
+    If several of these contexts are nested, only the innermost one records.
 
     Args:
       step: the function that is traced or called.
@@ -43,7 +45,7 @@ def recording(step: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noting(record: list) -> Iterator[None]:
-    """Puts the spaces that are noted meanwhile into a list."""
+    """While the body runs, `note` adds spaces to the list `record`."""
     token = _RECORD.set(record)
     try:
         yield
@@ -52,7 +54,7 @@ def _noting(record: list) -> Iterator[None]:
 
 
 def note(space: Any) -> None:
-    """Notes that coordinates are converted by this space."""
+    """Notes that this space converts coordinates."""
     record = _RECORD.get()
     if record is not None and not _is_in(space, record):
         record.append(space)
@@ -63,11 +65,11 @@ def _is_in(space: Any, record: list) -> bool:
 
 
 def traced_once(function: Callable) -> Callable:
-    """Returns the function such that JAX traces it once for its shapes, also if several programs contain it.
+    """Returns a function that JAX traces only once for arguments of the same shapes, even if several programs call it.
 
-    Without this, tracing a long training run takes seconds for each of them. The programs are the same. Each call
-    notes the spaces that its trace has noted. As with `jax.jit`, the trace keeps the values that the function had read
-    from outside its arguments, also outside `jit`.
+    Without this wrapper, tracing a long training run takes seconds for each program. The wrapper does not change the
+    programs. Each call notes the spaces that the trace noted. As with `jax.jit`, later calls use the values that the
+    function read from outside its arguments at the first trace. This also holds for calls outside `jit`.
 
     Args:
       function: of arrays and trees of arrays.
@@ -79,7 +81,8 @@ def traced_once(function: Callable) -> Callable:
 
     @functools.partial(jax.jit, inline=True)
     def traced(*args):
-        with _noting(noted):  # a name of this module: cloudpickle copies what else the function reads
+        # cloudpickle refers to `_noting` by its name. It would copy a ContextVar used here, which cannot be pickled.
+        with _noting(noted):
             return function(*args)
 
     def call(*args):
@@ -94,8 +97,8 @@ def traced_once(function: Callable) -> Callable:
 def check(step: Callable, space: Any) -> None:
     """Compares the spaces of a step with the space of a run.
 
-    A step that converts nothing gives a warning in the log and no error, since it may call a function that was compiled
-    before.
+    If the step converts no coordinates, this function only logs a warning. The step may call a function that JAX traced
+    before, and the conversions in that function are not recorded again.
 
     Args:
       step: as for `recording`.
@@ -108,8 +111,9 @@ def check(step: Callable, space: Any) -> None:
         return
     if not _RECORDS[step]:
         _log.warning(
-            "`space` is given, but nothing in the estimator converts unconstrained coordinates to λ: its loss takes "
-            "them as they are. Build the estimator from `spaces.constrain(problem, space)`, or omit `space`."
+            "`space` is given, but nothing in the estimator converts unconstrained coordinates to λ: the loss "
+            "receives the coordinates z instead of λ. Build the estimator from `spaces.constrain(problem, space)`, or "
+            "omit `space`."
         )
         return
     structure = jax.tree.structure(space)
@@ -130,7 +134,10 @@ def _difference(space: Any, other: Any) -> tuple[Any, Any] | None:
 
 
 def _formula(leaf: Any) -> tuple:
-    """All that λ(z) of a leaf depends on: not labels and conditions, and the default only if it is the center."""
+    """Returns the fields of a leaf on which λ(z) depends.
+
+    Labels and conditions are not included. The default is included only if it is λ(0), as in `real` and `positive`.
+    """
     if leaf.kind == "fixed":
         return (leaf,)
     names = ("kind", "value_shape", "low", "high", "log", "scale")

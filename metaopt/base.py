@@ -261,8 +261,8 @@ class Record(NamedTuple):
       status: "WAITING", "RUNNING", "COMPLETE", "PRUNED" or "FAIL".
       trial: the trial's number in its search; one trial may have records at several fidelities.
       reason: the cause of a failure: a time limit, a signal, or the text of an exception.
-      outcomes: all outcomes by name, if the objective returns several; otherwise None. An outcome that a pruned trial
-        does not know is NaN.
+      outcomes: all outcomes by name, if the objective returns several; otherwise None. Outcomes that are not known for
+        a pruned trial are NaN.
     """
 
     task: str
@@ -292,7 +292,7 @@ class AskFn(Protocol):
     """The `ask` of a `Searcher`: `(state, num) -> (trials, state)`."""
 
     def __call__(self, state: PyTree, num: int) -> tuple[list[Record], PyTree]:
-        """Returns at most `num` trials to run next ("WAITING", with fidelity and seed), and the state with them."""
+        """Returns at most `num` trials to run next ("WAITING", with fidelity and seed), and the state that has them."""
         ...
 
 

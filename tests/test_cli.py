@@ -196,7 +196,7 @@ def test_files_that_are_read_are_not_replaced(shop, capsys):
     assert _run("fit", data, "--target", "y", "--out", data, "--time", 0.001) == 1
     assert _run("predict", model, data, "--out", data) == 1
     assert _run("predict", model, data, "--out", model) == 1
-    assert capsys.readouterr().err.count("`--out` would replace") == 3
+    assert capsys.readouterr().err.count("`--out` is the input file") == 3
     assert _run("fit", data, "--target", "y", "--out", folder / "none" / "m.npz") == 1
     assert "must be a file in a folder that exists" in capsys.readouterr().err
     assert (data.read_bytes(), model.read_bytes()) == before
@@ -234,7 +234,7 @@ def test_rows_without_a_target_are_named_and_left_out(tmp_path, capsys):
     arguments = [tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz", "--time", 0.001]
     assert _run("fit", *arguments) == 0
     text = capsys.readouterr()
-    assert "5 rows have no target (such as 'NA') and are left out" in text.err
+    assert "5 rows have no valid target (such as 'NA'); they are not used" in text.err
     assert "regression of 'y' from 1 columns and 55 rows" in text.out
 
 

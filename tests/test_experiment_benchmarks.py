@@ -108,7 +108,7 @@ def test_rows_as_graphs():
     assert part.graph(part.encodings[5]) == _graphs.pruned(_nas_bench_101.nas_bench_101_graph(part.encodings[5]))
     with pytest.raises(ValueError, match="digits below"):
         macro.graph([5] * 6)
-    with pytest.raises(ValueError, match="'mine' are not known as graphs"):
+    with pytest.raises(ValueError, match="'mine' cannot be converted to graphs"):
         macro._replace(name="mine").graph([1] * 6)
 
 

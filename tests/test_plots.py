@@ -246,6 +246,10 @@ def test_a_rank_diagram_has_mean_ranks_and_joins_what_does_not_differ():
     similar = {name: level + rng.normal(size=60) * 0.1 for name in "abc"}
     ranks, ((low, high),) = drawn_ranks(plots.critical_difference(similar))
     assert low < min(ranks.values()) + 0.01 and high > max(ranks.values()) - 0.01
+    for names in ("ab", "abc"):  # equal scores: warnings of scipy or matplotlib would be errors
+        middle = (len(names) + 1) / 2
+        ranks, ((low, high),) = drawn_ranks(plots.critical_difference(dict.fromkeys(names, level)))
+        assert ranks == dict.fromkeys(names, middle) and low < middle < high
 
 
 def test_holm_s_correction_is_over_the_pairs():

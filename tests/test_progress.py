@@ -1,11 +1,16 @@
-"""Lines in a log and bars in a terminal: the clock is set by hand, and no test waits."""
+"""Lines in a log and bars in a terminal.
+
+The clock of `Log` is set by hand. Elsewhere, `print_line` prints what would appear after some seconds. One test waits.
+"""
 
 import importlib
+import io
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -211,21 +216,36 @@ def untimed(text):
     return [re.sub(r"(,| in) (\d+ s.*)?$", "", line) for line in text.splitlines()]
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Every tick prints, and the thread does not tick by itself: the patches stand for a clock."""
-    for name in ("EVERY", "SOON"):
-        monkeypatch.setattr(_progress, name, 0.0)
-    monkeypatch.setattr(_progress.DISPLAY, "tick_every", 3600.0)
-    return _progress.DISPLAY.tick
+def print_line():
+    """Prints the line of all reports, as a thread does after some seconds. It is empty if none is shown."""
+    line = ": ".join(report.line() for report in _progress.DISPLAY.reports)
+    if line:
+        _progress.DISPLAY.print(line)
 
 
-def test_fit_reports_compilations_evaluations_and_steps_in_a_log(capsys, always):
+@pytest.mark.once
+def test_a_compilation_of_some_seconds_has_a_line_in_a_log(monkeypatch):
+    """Waits for the thread: a line appears while the state is compiled."""
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    latest = time.monotonic() + 20.0
+
+    def wait():
+        while "\n" not in log.getvalue() and time.monotonic() < latest:
+            time.sleep(0.01)
+
+    fit(wait)
+    first, second, *_, last = log.getvalue().splitlines()
+    assert int(re.fullmatch(r"compiling the initial state, (\d+) s", first)[1]) in range(2, 8)
+    assert re.fullmatch(r"compiled the initial state in \d+ s", second)
+    assert re.fullmatch(r"step 5/5, value 4, hypergrad norm 4, \d+ s", last)
+
+
+def test_fit_reports_compilations_evaluations_and_steps_in_a_log(capsys):
     def evaluate(key, hyperparams):
-        always()
+        print_line()
         return hyperparams**2
 
-    fit(always, evaluate=evaluate, eval_every=5, callback=lambda step, metrics: always())
+    fit(print_line, evaluate=evaluate, eval_every=5, callback=lambda step, metrics: print_line())
     step = lambda number: f"step {number}/5, value 4, hypergrad norm 4"
     assert list(dict.fromkeys(untimed(capsys.readouterr().err))) == [
         "compiling the initial state",
@@ -237,13 +257,13 @@ def test_fit_reports_compilations_evaluations_and_steps_in_a_log(capsys, always)
         "step 5/5, evaluating",
         step(5),
     ]
-    fit(always, evaluate=evaluate, callback=lambda step, metrics: always(), progress=False)
+    fit(print_line, evaluate=evaluate, callback=lambda step, metrics: print_line(), progress=False)
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys, always):
+def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys):
     def constant(key, support, query):
-        always()
+        print_line()
         return jnp.zeros((1, 2, 2))
 
     rows = {"x": jnp.zeros((2, 1)), "y": jnp.arange(2), "mask": jnp.ones(2), "class_mask": jnp.ones(2)}
@@ -256,9 +276,9 @@ def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys, always
     assert capsys.readouterr().err == ""
 
 
-def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys, always):
+def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys):
     def constant(supernet, params, weights, batch):
-        always()  # at trace time
+        print_line()  # at trace time
         return batch["x"].sum()
 
     network = nas.Network({}, (nas.Layer("linear", 2),), 2)
@@ -270,7 +290,7 @@ def test_the_scores_of_a_search_report_their_compilations_in_a_log(capsys, alway
     assert capsys.readouterr().err == ""
 
     one = nas.single_path_one_shot(
-        network, (3,), ops=nas.BLOCKS, num_steps=1, loss=lambda outputs, batch: always() or outputs.sum()
+        network, (3,), ops=nas.BLOCKS, num_steps=1, loss=lambda outputs, batch: print_line() or outputs.sum()
     )
     one.score(one.supernet.init(KEY), {}, {"x": jnp.ones((2, 3))})
     assert untimed(capsys.readouterr().err) == ["compiling the score", "compiled the score"]
@@ -338,12 +358,12 @@ def main(tick):
 """
 
 
-def test_a_script_reports_its_place_in_a_log(capsys, always, monkeypatch):
+def test_a_script_reports_its_place_in_a_log(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py"])  # a line names the script by it
     script = importlib.import_module("experiments.script")
     job = {}
     exec(compile(JOB, str(ROOT / "experiments" / "job.py"), "exec"), job)
-    script.run(lambda: job["main"](always))
+    script.run(lambda: job["main"](print_line))
     lines = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["job.py begins", "first (job.py:3)", "compiling in second (job.py:7)", "job.py"]
 

@@ -278,7 +278,7 @@ def test_everything_that_can_be_saved_has_a_row():
     public = {f"{room.__name__.split('.')[-1]}.{name}" for room in rooms for name in room.__all__}
     with pytest.raises(TypeError, match="it saves") as error:
         metaopt.save("never", object())
-    types = str(error.value).split("it saves ")[1].split(". ")[0].split(", ")
+    types = str(error.value).split("it saves ")[1].split(", and ")[0].split(", ")
     names = {name for name in public if name.split(".")[1] in types}
     assert len(names) == len(types)
     texts = {name for name in public if name.endswith(".to_json")}

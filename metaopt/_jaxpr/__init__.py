@@ -1,7 +1,7 @@
 """Programs that JAX has traced (jaxprs): walks through them, evaluates them with operations replaced, and splits them.
 
 This is the only place in metaopt that uses the semi-public parts of JAX: `jax.core`, `jax.custom_derivatives`,
-`jax.extend.core` and `jax.interpreters`. Their names that other rooms need are imported here.
+`jax.extend.core` and `jax.interpreters`. Other subpackages import the names that they need from here.
 """
 
 from jax.core import Tracer as Tracer

@@ -11,7 +11,7 @@ def dependencies(
 ) -> list[frozenset]:
     """Returns the sources of each output of a jaxpr, by propagation through its operations.
 
-    Calls, branches and loops are followed inside. An output of any other operation has the sources of all operands.
+    The propagation enters calls, branches and loops. An output of any other operation has the sources of all operands.
 
     Args:
       jaxpr: a jaxpr without its constants, which have no sources.
@@ -79,8 +79,8 @@ def _through_while(equation: Any, operands: list[frozenset], inside: Callable) -
     body_consts, carry = operands[:num_body], operands[num_body:]
 
     def step(carry):
-        (goes_on,) = inside(params["cond_jaxpr"], [*condition_consts, *carry])
-        return [goes_on | sources for sources in inside(params["body_jaxpr"], [*body_consts, *carry])]
+        (condition_sources,) = inside(params["cond_jaxpr"], [*condition_consts, *carry])
+        return [condition_sources | sources for sources in inside(params["body_jaxpr"], [*body_consts, *carry])]
 
     return until_fixed(step, carry)
 

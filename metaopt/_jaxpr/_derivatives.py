@@ -44,7 +44,7 @@ mlir.register_lowering(_refused, _raise)
 def refuse_derivative(outputs: Any, inputs: Any, message: str) -> Any:
     """Returns `outputs`, but raises if their derivative is requested.
 
-    It raises for a derivative with respect to anything that moves `inputs` or `outputs`.
+    It raises for a derivative with respect to any value on which `inputs` or `outputs` depend.
 
     Use it instead of `jax.lax.stop_gradient` if the true derivative is not zero. Reverse mode raises at trace time,
     and only if a cotangent arrives here. Outputs that end in metrics, in auxiliary outputs or in a `stop_gradient`

@@ -17,8 +17,8 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
     """Returns the outputs of a jaxpr, with operations replaced.
 
     Operations inside nested calls, checkpoints, branches and loops are replaced, too. Functions that define their own
-    derivative (`jax.custom_jvp`, `jax.custom_vjp`) stay as they are. So does every operation without a replacement
-    inside.
+    derivative (`jax.custom_jvp`, `jax.custom_vjp`) stay as they are. An operation also stays as it is if neither it nor
+    any operation inside of it is replaced.
 
     Args:
       jaxpr: the jaxpr of `jax.make_jaxpr`, without its constants.
@@ -37,7 +37,7 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
         return lambda *operands: evaluate(inner.jaxpr, inner.consts, operands, replace)
 
     def retraced(inner: Any) -> Any:
-        # The loop keeps its layout of operands.
+        # A loop with the new body takes the same operands in the same order.
         return jax.make_jaxpr(closed(inner))(*inner.in_avals)
 
     for equation in jaxpr.eqns:
@@ -83,7 +83,11 @@ def evaluate(jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[An
 
 
 def run_scan(equation: Any, operands: Sequence, run: Callable, values: Any) -> tuple[list, Any]:
-    """Outputs and stacked values of a scan with the body `run(values of the step, *operands) -> (outputs, values)`."""
+    """Runs a scan with another body, which also reads and returns values in each step.
+
+    The body is `run(values of the step, *operands) -> (outputs, values)`. Returns the outputs of the scan, and the
+    values of all steps, stacked.
+    """
     params, body = equation.params, equation.params["jaxpr"]
     # Carries and constants have the same shapes as in the body; scanned inputs and outputs have one more axis.
     num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, body.out_avals, strict=True))
@@ -102,19 +106,21 @@ def run_scan(equation: Any, operands: Sequence, run: Callable, values: Any) -> t
 
 
 def run_while(params: Any, operands: Sequence, goes_on: Callable, run: Callable) -> list:
-    first = params["cond_nconsts"]
-    last = first + params["body_nconsts"]
-    condition = lambda carry: goes_on(*operands[:first], *carry)[0]
-    return jax.lax.while_loop(condition, lambda carry: run(*operands[first:last], *carry), list(operands[last:]))
+    num_cond_consts = params["cond_nconsts"]
+    end_of_consts = num_cond_consts + params["body_nconsts"]
+    condition = lambda carry: goes_on(*operands[:num_cond_consts], *carry)[0]
+    body = lambda carry: run(*operands[num_cond_consts:end_of_consts], *carry)
+    return jax.lax.while_loop(condition, body, list(operands[end_of_consts:]))
 
 
 def exchange(
     jaxpr: Any, consts: Sequence, args: Sequence, replace: Callable[[Any], Callable | None], stored: list | None = None
 ) -> tuple[list, list]:
-    """Evaluates a jaxpr whose replaced operations also read and return a value, at any depth.
+    """Evaluates a jaxpr with operations replaced, at any depth. Each replacement also reads a value and returns one.
 
     The values form one flat list in program order. A value inside of a scan has the steps of the scan as its leading
-    axis. Values of branches follow one another; those of a branch that is not taken are NaN.
+    axis. The list has the values of all branches of a condition, one branch after the other. Values of a branch that is
+    not taken are NaN.
 
     Args:
       jaxpr: the jaxpr of `jax.make_jaxpr`, without its constants.
@@ -132,16 +138,16 @@ def exchange(
     """
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
-    returned, used = [], 0
+    returned, num_used = [], 0
     for equation in jaxpr.eqns:
         operands = [v.val if isinstance(v, core.Literal) else values[v] for v in equation.invars]
         num = _num_replaced(equation, replace)
-        own = None if stored is None else stored[used : used + num]
-        used += num
+        own_values = None if stored is None else stored[num_used : num_used + num]
+        num_used += num
         with _walk.traced_context(equation):
             if num:
-                outputs, new = _exchange_inside(equation, operands, replace, own)
-                returned += new
+                outputs, new_values = _exchange_inside(equation, operands, replace, own_values)
+                returned += new_values
             else:
                 outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
                 outputs = outputs if equation.primitive.multiple_results else [outputs]
@@ -177,17 +183,20 @@ def _exchange_inside(equation: Any, operands: list, replace: Callable, stored: l
 def _exchange_branches(
     operands: list, branches: Sequence, closed: Callable, replace: Callable, stored: list | None
 ) -> tuple[list, list]:
+    # All branches of a `switch` must return the same structure and shapes, so each one also returns NaN for the values
+    # of the others. For example, if the branches have 2 replaced operations and 1, the first branch returns
+    # [[a, b], [NaN]] and the second [[NaN, NaN], [c]].
     index, *rest = operands
     nums = [sum(replace(e) is not None for e in _walk.equations(branch.jaxpr)) for branch in branches]
     ends = list(itertools.accumulate(nums))
-    own = [None if stored is None else stored[end - num : end] for num, end in zip(nums, ends, strict=True)]
-    runs = [lambda *rest, i=i: closed(branches[i])(own[i], *rest) for i in range(len(branches))]
+    own_values = [None if stored is None else stored[end - num : end] for num, end in zip(nums, ends, strict=True)]
+    runs = [lambda *rest, i=i: closed(branches[i])(own_values[i], *rest) for i in range(len(branches))]
     shapes = [jax.eval_shape(lambda *rest, run=run: run(*rest)[1], *rest) for run in runs]
-    missing = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), tree)
+    padding = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), tree)
 
     def padded(*rest, i):
         outputs, values = runs[i](*rest)
-        return outputs, [values if j == i else missing(shapes[j]) for j in range(len(branches))]
+        return outputs, [values if j == i else padding(shapes[j]) for j in range(len(branches))]
 
     outputs, values = jax.lax.switch(index, [functools.partial(padded, i=i) for i in range(len(branches))], *rest)
     return outputs, [value for branch_values in values for value in branch_values]

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 from metaopt._jaxpr import _walk
 from metaopt._jaxpr._evaluate import evaluate, run_scan, run_while
 
-# Operations whose code fixes its types: foreign code, kernels, and programs for several devices.
+# Operations whose implementation has fixed types: foreign code, kernels, and programs for several devices.
 _FIXED = ("pure_callback", "io_callback", "debug_callback", "debug_print", "ffi_call", "pallas_call", "shard_map")
 _INLINED = (*_walk.CALLS, "checkpoint", "remat", "remat2", "custom_jvp_call", "custom_vjp_call")
 
@@ -41,7 +41,7 @@ def in_float64(function: Callable, *args: Any) -> tuple[Callable, set[str]]:
     ...     print(wide(1.0), narrow)
     0.3333333333333333 set()
     """
-    # A new function, since JAX would return the trace of an earlier call.
+    # A new function object, since JAX would return the cached trace of an earlier call of the same object.
     closed, shape = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     closed = closed.replace(jaxpr=live)

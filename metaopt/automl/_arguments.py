@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
-    """Replaces names of columns of X by their values. These columns are not used as features.
+    """Replaces `groups` and `time` by the values of columns of X, if they are names. X loses these columns.
 
     Args:
       X: rows.
@@ -88,8 +88,12 @@ def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
     if len(shape) != 1 and shape[1:] != (1,):
         raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows; got the shape {shape}.")
     values = column_or_1d(values)
-    if len(values) != num_rows or pd.isna(values).any():
-        raise ValueError(f"`{name}` must have one value for each of the {num_rows} rows, none of them missing.")
+    num_missing = int(pd.isna(values).sum())
+    if len(values) != num_rows or num_missing:
+        raise ValueError(
+            f"`{name}` must have one value for each of the {num_rows} rows, without missing values; got {len(values)} "
+            f"values, {num_missing} of them missing."
+        )
     return values
 
 
@@ -104,7 +108,7 @@ def group_codes(values, num_rows: int) -> np.ndarray:
 
 
 def _group_order(group: Any) -> tuple[str, bool]:
-    """A key that does not depend on the order of the rows: equal numbers have the same."""
+    """A key to sort groups by, which does not depend on the order of the rows. Equal numbers have equal keys."""
     if isinstance(group, numbers.Integral):
         return str(int(group)), True
     return (f"{float(group):.17g}", True) if isinstance(group, numbers.Real) else (str(group), False)
@@ -125,7 +129,8 @@ def times(values, num_rows: int) -> np.ndarray:
 def has_needed_columns(X, fitted_names: np.ndarray | None, encoder: tasks.TableEncoder) -> bool:
     """Whether X has all columns that the encoder reads, by their names and in the order of `fit`.
 
-    Other columns, and columns that `fit` dropped, do not matter. False leaves the error to scikit-learn.
+    Other columns, and columns that `fit` dropped, do not matter. If the result is False, the caller lets scikit-learn
+    check X and raise the error.
 
     Args:
       X: rows.

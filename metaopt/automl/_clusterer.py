@@ -26,9 +26,10 @@ class AutoClusterer(ClusterMixin, TableEstimator):
     Each candidate (an algorithm with k clusters) clusters eight random parts of the rows. Its stability s is the mean
     adjusted Rand index of two parts on their shared rows. In an elongated table without clusters, two clusters are
     stable, too. So s is compared with a reference r, the stability on normally distributed rows with the covariance of
-    the table, and only candidates with s - r of at least 0.15 count. Of those with at least 95 % of the largest s, the
-    largest k is chosen, with its most stable algorithm. If no candidate counts, all rows are one cluster. This follows
-    Ben-Hur et al. (PSB 2002), and the reference Dudoit & Fridlyand (Genome Biology 2002).
+    the table, and only candidates with s - r of at least 0.15 count. Among the candidates with at least 95 % of the
+    largest s, `fit` chooses the largest k, with its most stable algorithm. If no candidate counts, all rows are one
+    cluster. The stability follows Ben-Hur et al. (PSB 2002); the reference follows Dudoit & Fridlyand (Genome Biology
+    2002).
 
     Clusters need not agree with labels that you have in mind: look at the clusters before you use them. Tables without
     clusters are not always recognized; a uniform square, for example, has four stable quarters.
@@ -99,7 +100,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         """
         algorithms = self._check()
         rng = check_random_state(self.random_state)
-        vars(self).pop("clusters_", None)  # if this fit fails, older clusters must not read the columns of this one
+        vars(self).pop("clusters_", None)  # if this fit fails, no older clusters may remain with the new encoder
         x = self._fit_table(X)
         if len(x) < 2:
             raise ValueError("The table has n_samples = 1 row: at least two are needed to find clusters.")
@@ -120,7 +121,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         return self
 
     def predict(self, X) -> np.ndarray:
-        """Returns the cluster of each row: the nearest centroid, component, or row of a cluster.
+        """Returns the cluster of each row: that of the nearest centroid or clustered row, or the likeliest component.
 
         Args:
           X: [n, d] rows with the columns of `fit`.
@@ -144,14 +145,18 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         algorithms = _stability.DEFAULT_ALGORITHMS if self.algorithms is None else self.algorithms
         algorithms = (algorithms,) if isinstance(algorithms, str) else tuple(algorithms)
         if not algorithms or not set(algorithms) <= set(_stability.ALGORITHMS):
-            raise ValueError(f"`algorithms` may have {', '.join(_stability.ALGORITHMS)}; got {self.algorithms!r}.")
+            known = ", ".join(_stability.ALGORITHMS)
+            raise ValueError(f"`algorithms` must be one or more of {known}; got {self.algorithms!r}.")
         return algorithms
 
 
 def measure_all(
     z: np.ndarray, algorithms: tuple[str, ...], max_clusters: int, rng: np.random.RandomState, n_jobs: int
 ) -> list[Measured]:
-    """The stability of all candidates on rows z [n, q] in principal axes. Those with one cluster are left out."""
+    """The stability of all candidates on rows z [n, q] in principal axes.
+
+    Candidates that find one cluster, or more than `max_clusters`, are left out.
+    """
     num_distinct = len(np.unique(z.round(6), axis=0))
     size = round(_stability.SHARE * len(z))
     max_clusters = min(max_clusters, num_distinct, size // 2)
@@ -164,7 +169,8 @@ def measure_all(
         joblib.delayed(_stability.measure)(candidate, z, reference, parts, seed)
         for candidate in _stability.candidates(algorithms, max_clusters)
     ]
-    # The limit of BLAS is one for all threads: if only the threads set it, one of them would lift that of another.
+    # BLAS has one limit for the whole process. If each thread only set its own, the first one to finish would lift the
+    # limit for the others.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence, and fewer different rows than clusters
         board: Any = joblib.Parallel(n_jobs, prefer="threads")(jobs)
@@ -231,7 +237,7 @@ def _check_loaded(estimator: AutoClusterer) -> None:
         raise ValueError("its labels, axes and clusters do not fit each other")
     try:
         estimator.clusters_.assign(estimator._axes_of(_table_estimator.odd_rows(estimator)))
-    except Exception as error:  # the columns have many fields
+    except Exception as error:  # wrong fields of the columns raise errors of many types
         raise ValueError(f"its columns do not fit its axes: {error}") from error
 
 

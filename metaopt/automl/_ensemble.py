@@ -73,7 +73,7 @@ def greedy_weights(
     """Weights of an ensemble by greedy selection with replacement.
 
     Each of 40 steps adds the member that improves the mean of the selected predictions most. The weights are the shares
-    of the members in the best prefix of the steps; equal scores go to fewer members.
+    of the members in the best prefix of the steps. Among prefixes with equal scores, the one with fewer members wins.
 
     Args:
       predictions: M arrays, [n, C] or [n].
@@ -162,7 +162,10 @@ def _root(square: np.ndarray, weight: np.ndarray) -> float:
 
 
 def _roc_auc(predicted: np.ndarray, target: Target) -> float:
-    """Area under the curve; the mean of one class against the others over the classes that occur."""
+    """Area under the curve. With more than two classes, the mean of the areas of each class against the others.
+
+    The mean is over the classes that occur.
+    """
     from sklearn import metrics
 
     y, weight = target

@@ -22,7 +22,7 @@ class FittedMember(NamedTuple):
 
     Attributes:
       member: name, kind and settings.
-      models: one per fold; with time, only that of all rows.
+      models: one per fold. If the rows have times, only the model of all rows.
       score: out of fold; larger is better.
       weight: the weight in the ensemble.
       fit_seconds: the seconds to fit all folds.
@@ -38,10 +38,10 @@ class FittedMember(NamedTuple):
 
 
 class FittedEnsemble(NamedTuple):
-    """What `fit_ensemble` returns.
+    """The result of `fit_ensemble`.
 
     Attributes:
-      inputs: the inputs of each fold; with time, only those of all rows.
+      inputs: the inputs of each fold. If the rows have times, only those of all rows.
       classes: for each fold, the classes that its training rows have; empty for regression.
       members: all fitted members, by decreasing score. Models of members without weight are dropped.
       failed: name -> reason, of members that were not fitted.
@@ -108,7 +108,7 @@ def fit_ensemble(
     splits = split_rows(rows, num_classes, options.seed)
     scored = _validated(rows, splits)
     stops = min(len(split.valid) for split in splits) >= _kinds.LEAST_TO_STOP
-    if rows.time is not None:  # models of all rows predict new rows, as those of earlier rows predict the next window
+    if rows.time is not None:  # add models of all rows, which predict new rows
         splits = [*splits, Split(np.arange(len(rows.y)), np.zeros(0, int))]
     seeds = range(options.seed, options.seed + len(splits))
     folds = [_prepare_fold(rows, columns, num_classes, stops, *part) for part in zip(splits, seeds, strict=True)]
@@ -189,15 +189,15 @@ def _prepare_fold(
     units = (rows.copies if rows.groups is None else rows.groups)[train]
     inputs, views = fit_inputs(rows.x[train], y, *columns, repeated(weight), num_classes, seed, units)
     valid_views = apply_inputs(inputs, rows.x[valid])
-    valid_y, valid_weight, known = rows.y[valid], rows.weight[valid], np.ones(len(valid), bool)
+    valid_y, valid_weight, class_in_training = rows.y[valid], rows.weight[valid], np.ones(len(valid), bool)
     if num_classes:
-        known = np.isin(valid_y, classes)
+        class_in_training = np.isin(valid_y, classes)
         y, valid_y = np.searchsorted(classes, y), np.searchsorted(classes, valid_y)
     categorical = np.zeros(views.trees.shape[1], bool)
     categorical[: len(inputs.kept)] = columns.categorical[inputs.kept]
-    if not known.all():  # boosting stops by rows of known classes only; other rows are predicted all the same
-        valid_y = np.where(known, valid_y, 0)
-        valid_weight = np.where(known, valid_weight, 0.0)
+    if not class_in_training.all():  # boosting ignores rows of other classes when it stops, but predicts them
+        valid_y = np.where(class_in_training, valid_y, 0)
+        valid_weight = np.where(class_in_training, valid_weight, 0.0)
     weight = weight / weight.mean()
     data = FoldData(views, y, weight, valid_views, valid_y, valid_weight, categorical, len(classes), seed, stops=stops)
     return _Fold(split, inputs, classes, data)
@@ -221,8 +221,8 @@ def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[s
                 rows.x, rows.y, columns.categorical, rows.weight, num_classes, seed
             )
         if settings.get("num_refined"):
-            used = [i for i, fold in enumerate(folds) if len(fold.split.valid)]
-            select = lambda part: [part[i] for i in used]
+            validated_folds = [i for i, fold in enumerate(folds) if len(fold.split.valid)]
+            select = lambda part: [part[i] for i in validated_folds]
             parts = select(train), select(train_labels), select(valid), select(valid_labels)
             options = cache["hyperparams"], settings["num_refined"], seed
             hyperparams = _network_folds.refined(*parts, num_labels, *options)
@@ -283,10 +283,10 @@ def _joined(result: _schedule.MemberResult, rows: TrainingRows, folds: list[_Fol
 def _combine(results, failed, rows, folds, scored, scores, num_classes, options) -> FittedEnsemble:
     target = Target(rows.y[scored], rows.weight[scored])
     predictions = [_joined(result, rows, folds, num_classes) for result in results]
-    most = _ensemble.max_members(len(rows.y))
+    max_members = _ensemble.max_members(len(rows.y))
     validated = [predicted[scored] for predicted in predictions]
     is_late = lambda: options.clock.left() < 0
-    weights = _ensemble.greedy_weights(validated, target, options.metric, most, is_late)
+    weights = _ensemble.greedy_weights(validated, target, options.metric, max_members, is_late)
     mean = np.tensordot(weights, np.stack(predictions), 1)
     temperature = _ensemble.fit_temperature(mean[scored], target) if num_classes else 1.0
     calibrated = _ensemble.smoothed(_ensemble.tempered(mean, temperature), len(rows.y)) if num_classes else mean

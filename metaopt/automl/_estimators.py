@@ -26,7 +26,7 @@ _LEAK_BLOCK = 20  # columns between two looks at the clock
 
 
 class _AutoEstimator(TableEstimator, abc.ABC):
-    """What classifier and regressor share."""
+    """The shared part of the classifier and the regressor."""
 
     _problem = ""
 
@@ -60,11 +60,11 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             booleans, dates and texts, with missing values.
           y: [n] the target.
           sample_weight: [n] weights of rows, at least 0. A row with weight 2 counts as two rows, which stay together in
-            splits. Rows that are equal themselves stay together if rows hardly repeat, or if a column has many
-            different values. Otherwise they are different observations; pass `groups` if they are not.
-          groups: [n] for example patients: rows of one group are never in both parts of a split. The name of a column
-            of the frame X means its values, and this column is then not used as a feature. If you pass the values
-            themselves, X should not have this column, because new groups have other values.
+            splits. Equal rows of X and y also stay together if rows hardly repeat, or if a column has many different
+            values. Otherwise they count as different observations; pass `groups` if they are not.
+          groups: [n] the group of each row, such as a patient. Rows of one group are never in both parts of a split.
+            The name of a column of the frame X means its values, and this column is then not used as a feature. If you
+            pass the values themselves, X should not have this column, because new groups have other values.
           time: [n] numbers or dates, also as texts, or the name of a column, as for `groups`. Models are validated on
             rows that are later than their training rows, and models of all rows predict new rows.
 
@@ -76,7 +76,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
           RuntimeError: if no model could be fitted in time.
         """
         options = self._options()  # the time begins here
-        vars(self).pop("ensemble_", None)  # if this fit fails, older models must not read the columns of this one
+        vars(self).pop("ensemble_", None)  # if this fit fails, no older models may remain with the new encoder
         _arguments.warn_of_other_order(X, y=y, sample_weight=sample_weight, groups=groups, time=time)
         X, groups, time = _arguments.without_named_columns(as_frame(X), y, groups, time)
         x = self._fit_table(X)
@@ -135,17 +135,19 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         degree of freedom less than blocks. With three groups it is 4.3 instead of 1.96. As in `score_`, each row
         counts by its weight, and so large groups count more.
 
-        The interval describes the chance of which units the table has, if new units are like them. It does not cover
-        other kinds of units, or changes over time after the last row. Units share their training rows, and dependence
-        through these rows is ignored, so the true coverage may be lower. It is also lower if few units have skewed
-        losses: in simulations 86 to 94 % instead of 95 % for 3 to 10 units. `score_` itself is slightly biased. The
-        same predictions select the weights of the models, which makes it too good. New rows are predicted by the mean
-        over folds, which is better than the model of one fold.
+        The interval covers the randomness of which units the table has. It assumes that new units are like them, and
+        does not cover other kinds of units, or changes over time after the last row. The models that predict different
+        units share training rows. The interval ignores this dependence, so the true coverage may be lower. It is also
+        lower if few units have skewed losses: in simulations 86 to 94 % instead of 95 % for 3 to 10 units.
+
+        `score_` itself has two small biases. It becomes too high because the same predictions select the weights of the
+        models. It becomes too low because new rows are predicted by the mean over folds, which is better than the model
+        of one fold.
 
         Args:
           coverage: the probability, in (0, 1).
-          num_new: the number of units in a test whose score the interval should contain, all of about the size of those
-            in `fit`. None is for their expected score, as in a very large test.
+          num_new: the number of units in a test whose score the interval should contain. They should be about as large
+            as those in `fit`. None gives an interval for the expected score, as in a very large test.
 
         Returns:
           Lower and upper end, in units of `score_`. Both are at the limits of the metric if only one unit was
@@ -209,14 +211,15 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def _seed(self) -> int:
         from sklearn.utils import check_random_state
 
-        state = self.random_state
-        generator = check_random_state(state)  # raises if the seed is not valid
-        seed = int(state) if isinstance(state, int | np.integer) else int(generator.randint(2**31 - 1))
+        random_state = self.random_state
+        generator = check_random_state(random_state)  # raises if the seed is not valid
+        is_seed = isinstance(random_state, int | np.integer)
+        seed = int(random_state) if is_seed else int(generator.randint(2**31 - 1))
         return seed % (2**31 - NUM_FOLDS - 1)  # LightGBM's seeds have 31 bits, and each fold has its own
 
     @abc.abstractmethod
     def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Returns the target as numbers, and keeps what predictions need to return its values."""
+        """Returns the target as numbers, and stores the classes or the scale that convert predictions back."""
 
     @abc.abstractmethod
     def _num_classes(self) -> int:
@@ -288,12 +291,13 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         return self.classes_[best]
 
     def predict_set(self, X, *, coverage: float = 0.9) -> np.ndarray:
-        """Returns a set of labels for each row that has the true one with a given probability.
+        """Returns a set of labels for each row. The set contains the true label with a given probability.
 
-        A label is in the set if its probability p satisfies 1 − p ≤ q. Here q is the ⌈(n + 1) coverage⌉-th smallest
-        1 − p of the true labels of the n training rows, with their out-of-fold probabilities; with weights, their
-        weighted quantile. The coverage holds on average over rows that are exchangeable with the training rows; it is
-        approximate, because a prediction averages the models of all folds.
+        A label is in the set if its probability p satisfies 1 − p ≤ q. For q, each of the n training rows has a score:
+        1 − p of its true label, with the out-of-fold probability p. The threshold q is the ⌈(n + 1) coverage⌉-th
+        smallest score; with weights, the weighted quantile of the scores. The coverage holds on average over rows that
+        are exchangeable with the training rows; it is approximate, because a prediction averages the models of all
+        folds.
 
         Args:
           X: rows.
@@ -373,7 +377,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         return self.mean_ + self.scale_ * predicted
 
     def predict_interval(self, X, *, coverage: float = 0.9) -> np.ndarray:
-        """Returns an interval for each row that has the true target with a given probability.
+        """Returns an interval for each row. The interval contains the true target with a given probability.
 
         The interval is the prediction ± q, where q is the ⌈(n + 1) coverage⌉-th smallest absolute error of the n
         out-of-fold predictions; with weights, their weighted quantile. All rows get intervals of the same length. The
@@ -423,11 +427,12 @@ def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.
 
 
 def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:
-    """Searches the columns in blocks while a fifth of the time is not over."""
+    """Searches the columns in blocks, until a fifth of the time limit is over."""
     names, suspected = encoder.names, ()
     for start in range(0, len(names), _LEAK_BLOCK):
         if start and clock.left() < 0.8 * (clock.limit or 0):
-            _log.info("the last %d columns were not searched for leaks: the time is short", len(names) - start)
+            message = "the last %d columns were not searched for leaks, because the time limit is short"
+            _log.info(message, len(names) - start)
             break
         block = slice(start, start + _LEAK_BLOCK)
         suspected += tasks.suspected_leaks(x[:, block], y, names[block], encoder.categorical[block])

@@ -19,14 +19,14 @@ def permutation_importance(
     scoring: Any,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffles one column at a time. For columns in use, the numbers are those of scikit-learn's function.
+    """Shuffles one column at a time. For columns in use, the result is that of scikit-learn's `permutation_importance`.
 
     Args:
       estimator: fitted; `verbose` says whether progress is reported.
-      X: a frame, or what scikit-learn reads as an array.
+      X: a frame, or anything that scikit-learn reads as an array.
       y: [n] targets.
-      names: [d] columns of `fit`, in a frame found by name.
-      used: places in `names` of the columns that predictions depend on.
+      names: [d] the columns of `fit`. If X is a frame, its columns are found by these names.
+      used: positions in `names` of the columns that predictions depend on.
       n_repeats: the number of shuffles of each column.
       scoring: a scorer's name, as for `sklearn.metrics.check_scoring`.
       seed: the seed of the shuffles, which are the same for all columns.
@@ -37,7 +37,7 @@ def permutation_importance(
     from sklearn.metrics import check_scoring
     from sklearn.utils import check_array, check_random_state
 
-    if hasattr(X, "get_column") and isinstance(names[0], str):  # of polars, which becomes an array without names
+    if hasattr(X, "get_column") and isinstance(names[0], str):  # polars becomes an array without names
         X = X[list(names)]
     if not hasattr(X, "iloc"):
         check: Any = check_array  # scikit-learn's stubs know fewer values of its arguments

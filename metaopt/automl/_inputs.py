@@ -8,7 +8,7 @@ from metaopt.automl._kinds import Views
 from metaopt.tasks import FittedColumns, fit_columns
 
 MAX_DENSE = 128  # columns of the inputs of networks and linear models
-_MAX_INTERVALS = 10  # of a target that is a number
+_MAX_INTERVALS = 10  # into which a numeric target is cut
 
 
 class TargetTable(NamedTuple):
@@ -60,7 +60,7 @@ def fit_inputs(
       y: [n] classes or numbers.
       categorical: [d] bool.
       high_cardinality: [d] bool, categorical columns that get target encodings.
-      repeats: positions of rows, repeated by their weight.
+      repeats: positions of rows, each repeated about as often as its weight says.
       num_classes: C, or 0 for regression.
       seed: the seed of the folds of the target encoding.
       units: [n] rows with the same number, such as a group or copies of a row, are in one fold of the target encoding.
@@ -71,8 +71,8 @@ def fit_inputs(
     """
     tables, encoded = [], [np.zeros((len(x), 0))]
     units = np.arange(len(x)) if units is None else units
-    single = num_classes and len(np.unique(y[repeats])) == 1  # nothing to encode
-    for column in np.flatnonzero(high_cardinality & (not single)):
+    has_one_class = num_classes and len(np.unique(y[repeats])) == 1  # nothing to encode
+    for column in np.flatnonzero(high_cardinality & (not has_one_class)):
         table, values = _fit_target_table(x[:, column], int(column), y, repeats, units, num_classes, seed)
         tables.append(table)
         encoded.append(values)
@@ -101,7 +101,7 @@ def apply_inputs(inputs: Inputs, x: np.ndarray) -> Views:
 
 
 def intervals(y: np.ndarray) -> np.ndarray:
-    """[n] int64: numbers of at most ten intervals of about equal frequency, with about 20 rows or more each."""
+    """[n] int64: the interval of each number; at most ten, of about equal frequency, with about 20 rows or more."""
     num = int(np.clip(len(y) // 20, 2, _MAX_INTERVALS))
     edges = np.unique(np.quantile(y, np.linspace(0, 1, num + 1)[1:-1]))
     return np.unique(np.searchsorted(edges, y, side="right"), return_inverse=True)[1]
@@ -109,8 +109,8 @@ def intervals(y: np.ndarray) -> np.ndarray:
 
 def _views(inputs: Inputs, trees: np.ndarray, dense: np.ndarray) -> Views:
     filled = np.where(np.isnan(trees), inputs.medians[None], trees)
-    none = np.zeros((len(trees), 1))  # libraries reject tables without columns
-    return Views(*(part if part.shape[1] else none.astype(part.dtype) for part in (trees, filled, dense)))
+    placeholder = np.zeros((len(trees), 1))  # libraries reject tables without columns
+    return Views(*(part if part.shape[1] else placeholder.astype(part.dtype) for part in (trees, filled, dense)))
 
 
 def _fit_target_table(
@@ -135,7 +135,7 @@ def _fit_target_table(
     for _, held_out in folds.split(distinct):
         part = np.isin(place, held_out)
         train = repeats[~part[repeats]]
-        # Without a class, the encoder would have other columns.
+        # If the training rows lacked a class, the encoder would have other columns. Then the rows keep the default.
         if len(train) and (not num_classes or len(np.unique(y[train])) == num_present):
             values[part] = _look_up(fit(train), codes[part])
     return table, values

@@ -2,8 +2,8 @@
 
 Every fit uses one thread. Folds and models run in parallel instead.
 
-Worker processes run this module, and get it by value. It imports nothing from metaopt, so that a worker need not import
-JAX, which takes seconds.
+Worker processes run this module. `cloudpickle` sends its code to them, so that they do not import metaopt. The module
+itself imports nothing from metaopt, because a worker would then import JAX, which takes seconds.
 """
 
 import importlib
@@ -46,7 +46,7 @@ class FoldData(NamedTuple):
       categorical: [k] bool, of the columns for trees.
       num_classes: K, or 0 for regression.
       seed: the seed of the fit.
-      stops: whether boosting stops early; the same in all folds. If m = 0 it does not stop, and `settled` shortens it.
+      stops: whether boosting stops early; the same in all folds. If m = 0, `settled` shortens the model later.
     """
 
     views: Views
@@ -109,7 +109,7 @@ def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> tuple[Any, 
 
 
 def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
-    """Fits a model of a kind; thread pools of libraries have one thread meanwhile. For one class it returns None.
+    """Fits a model of a kind, with one thread in the thread pools of all libraries. For one class it returns None.
 
     Raises:
       Exception: whatever the library raises.
@@ -118,7 +118,7 @@ def fit(kind: str, settings: dict[str, Any], data: FoldData) -> Any:
 
     if data.num_classes == 1:
         return None
-    importlib.import_module(KINDS[kind].module)  # limits hold for the libraries that are loaded
+    importlib.import_module(KINDS[kind].module)  # the limit below only affects loaded libraries
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about convergence; the out-of-fold score shows the quality
         return KINDS[kind].fit(settings, data)
@@ -140,11 +140,11 @@ def predict(kind: str, model: Any, views: Views, num_classes: int) -> np.ndarray
 def settled(kind: str, models: list[Any], folds: list[FoldData]) -> list[tuple[Any, np.ndarray]]:
     """Gives each boosted model the mean number of rounds at which the other folds stopped.
 
-    If the validation rows of its own fold chose the number, they would make its out-of-fold score too good. A single
-    fold keeps its own number.
+    If a fold's own validation rows chose its number of rounds, its out-of-fold score would be too good. A single fold
+    keeps its own number.
 
     Args:
-      kind: with rounds.
+      kind: a kind that has rounds.
       models: the models of all folds.
       folds: their data.
 
@@ -206,7 +206,7 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
         return importlib.import_module("skops.io").dumps(model)
 
     def loads(data):
-        # It rejects other types before it makes an object. Asking for the types first would take as long again.
+        # skops rejects other types before it creates an object. Listing the types first would double the time.
         model = importlib.import_module("skops.io").loads(data, trusted=list(_TRUSTED))
         _check_trees(model)
         return model
@@ -215,11 +215,11 @@ def _sklearn_kind(names: tuple[str, str], view: str, fixed: dict[str, Any]) -> K
 
 
 def _check_trees(model) -> None:
-    """Raises ValueError if a tree of a loaded model has nodes outside it: a prediction would read foreign memory."""
+    """Raises ValueError if a loaded tree has a child or column that does not exist, and would read foreign memory."""
     nodes = [(t.children_left, t.children_right, t.feature) for t in map(_tree, getattr(model, "estimators_", ()))]
     for predictor in (p for stage in getattr(model, "_predictors", ()) for p in stage):
         inner = predictor.nodes["is_leaf"] == 0
-        if predictor.nodes["is_categorical"].any():  # its sets of levels have positions, too
+        if predictor.nodes["is_categorical"].any():  # sets of levels are not checked
             raise ValueError("a tree splits a column by categories, which no saved model does")
         left, right = (np.where(inner, predictor.nodes[side].astype(int), -1) for side in ("left", "right"))
         nodes.append((left, right, np.where(inner, predictor.nodes["feature_idx"], 0)))
@@ -260,7 +260,7 @@ _TRUSTED = (
 
 # --- Gaussian process, for regression ---
 
-_SEARCH_ROWS = 300  # for length scales and noise: each step of their search costs the cube of it
+_SEARCH_ROWS = 300  # for the search of length scales and noise; a step costs the cube of this number
 _PROCESS_ROWS = 2000  # for the prediction
 _MOST_SCALES = 50  # with more columns, all share one length scale
 
@@ -268,7 +268,7 @@ _MOST_SCALES = 50  # with more columns, all share one length scale
 def _fit_gaussian_process(settings, data):
     """Matérn kernel of order 5/2; length scales and noise maximize the marginal likelihood of a sample of the rows.
 
-    A row of weight w has the noise variance σ²/w, as w equal rows have. The search does not use the weights.
+    A row of weight w has the noise variance σ²/w, and so counts as w equal rows. The search does not use the weights.
     """
     del settings
     process = importlib.import_module("sklearn.gaussian_process")
@@ -283,7 +283,7 @@ def _fit_gaussian_process(settings, data):
     noise = best.k2.noise_level / data.weight[most]
     final = process.GaussianProcessRegressor(best.k1, alpha=noise, optimizer=None).fit(x[most], data.y[most])
     scales = np.broadcast_to(best.k1.k2.length_scale, width)
-    # The Cholesky factor is not kept: it is as large as the square of the rows.
+    # The Cholesky factor is not kept: its size is the square of the number of rows.
     return {"x": x[most], "coefficients": best.k1.k1.constant_value * final.alpha_, "scales": scales}
 
 
@@ -325,7 +325,7 @@ def _fit_lightgbm(settings, data):
     elif data.valid_weight.any():
         valid = train.create_valid(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
         stop = {"valid_sets": [valid], "callbacks": [lightgbm.early_stopping(patience, verbose=False)]}
-    # Without the last argument it forgets the rounds after the best one, which other folds may need.
+    # Without the last argument, LightGBM drops the rounds after the best one. The fold may need them: see `settled`.
     return lightgbm.train(options, train, rounds, **stop, keep_training_booster=True)
 
 
@@ -388,7 +388,7 @@ def _load_xgboost(data):
 
 
 def _fit_catboost(settings, data):
-    """Trees as arrays: CatBoost's own reader crashes on damaged files. Codes of categories are numbers for it."""
+    """Returns the trees as arrays: CatBoost's own reader crashes on damaged files. Codes of categories are numbers."""
     catboost = importlib.import_module("catboost")
     settings = dict(settings)
     rounds, patience = settings.pop("num_rounds"), settings.pop("patience")
@@ -402,7 +402,7 @@ def _fit_catboost(settings, data):
         valid = catboost.Pool(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
         stop = {"eval_set": valid, "early_stopping_rounds": patience}
     model = catboost.CatBoost({**options, **settings, "iterations": rounds})
-    # `use_best_model=True` would drop the rounds after the best one, which other folds may need.
+    # `use_best_model=True` would drop the rounds after the best one. The fold may need them: see `settled`.
     train = catboost.Pool(data.views.trees, data.y, weight=data.weight)
     model.fit(train, **stop, use_best_model=False, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -415,8 +415,8 @@ def _fit_catboost(settings, data):
 def _symmetric_trees(trees: dict[str, Any], best_rounds: int) -> dict[str, np.ndarray]:
     """CatBoost's JSON as arrays.
 
-    All nodes of one depth share a split. Of T trees of depth D: columns and borders [T, D], leaves [T, 2^D, K] and
-    bias [K]. Shallow trees end in infinite borders.
+    All nodes of one depth share a split. T trees of depth D have columns and borders [T, D], leaves [T, 2^D, K] and
+    bias [K]. Trees that are shallower than D are padded with infinite borders.
     """
     parts, (scale, bias) = trees["oblivious_trees"], trees["scale_and_bias"]
     depth = max([1, *(len(part["splits"] or ()) for part in parts)])

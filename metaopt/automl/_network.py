@@ -147,7 +147,7 @@ def train(network: TabularNetwork, key: jax.Array, hyperparams: base.HyperParams
 def _with_share(sampler: Callable) -> Callable:
     """Adds "share" [C] to every batch, the share of each class among all training rows.
 
-    It is not an entry of the task, because a new split of the rows would not change it there.
+    It is computed for each batch: an entry of the task would be wrong after a new split of the rows (`tasks.resplit`).
     """
 
     def sample(key, step, data):

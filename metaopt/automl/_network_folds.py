@@ -136,8 +136,8 @@ def refined(
     return jax.device_get(result.hyperparams)
 
 
-# The programs of the last few shapes are kept: each occupies some of the memory maps of the process, of which Linux has
-# 65,530. With those of all shapes, the fits of about 25 tables in one process used them up.
+# Only the programs of the last few shapes are kept. Each program occupies some memory maps, and Linux allows 65,530
+# maps per process. When the programs of all shapes were kept, the fits of about 25 tables in one process used them up.
 _kept = functools.lru_cache(maxsize=6)
 
 
@@ -232,7 +232,7 @@ def _without_padding(params: dict[str, np.ndarray], num_features: int, num_class
 
 
 def _centers(fold: FoldRows, y: np.ndarray, num: int) -> np.ndarray:
-    """The weighted mean target of each interval; that of all rows for an interval without rows."""
+    """The weighted mean target of each interval. An interval without rows gets the mean target of all rows."""
     weight = np.bincount(y, fold.weight, minlength=num)
     total = np.bincount(y, fold.weight * fold.y, minlength=num)
     overall = np.average(fold.y, weights=fold.weight)

@@ -80,8 +80,8 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     Args:
       problem: "classification" or "regression".
       preset: "instant", "balanced" or "best".
-      kinds: the kinds to use, one of them, or None for all that are installed.
-      num_rows: the number of rows of the table. Leaves of boosted trees must not need more rows than a small table has.
+      kinds: the kinds to use; a string is one kind, and None means all that are installed.
+      num_rows: the number of rows of the table. For a small table, leaves of LightGBM's trees need fewer rows.
 
     Returns:
       The members.
@@ -97,7 +97,7 @@ def portfolio(problem: str, preset: str, kinds: str | tuple[str, ...] | None, nu
     if kinds is not None and not len(kinds):
         raise ValueError(f"`models` must name at least one of {', '.join(known)}, or be None; got none.")
     if kinds is not None and (unknown := [kind for kind in kinds if kind not in known]):
-        raise ValueError(f"`models` may have {', '.join(known)}; got {', '.join(map(str, unknown))}.")
+        raise ValueError(f"`models` must be among {', '.join(known)}; got {', '.join(map(str, unknown))}.")
     if kinds is None:
         kinds = ("network",) if preset == "instant" else tuple(kind for kind in known if _installed(kind))
         if "lightgbm" in kinds:  # the same algorithm, in a third of the time

@@ -46,8 +46,9 @@ def sorted_rows(
 ) -> TrainingRows:
     """Sorts rows by their values, so that the result of `fit` does not depend on the order of the rows.
 
-    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. `copies` keeps
-    them together, and also equal rows if `_are_copies`: then a weight of 2 is the same as two equal rows.
+    Integer weights become repeated rows with weight 1, unless the table would grow more than tenfold. Repeated rows
+    have the same number in `copies`. Equal rows also have the same number, if `_are_copies`: then a weight of 2 gives
+    the same result as two equal rows.
 
     Args:
       x: [n, d].
@@ -65,14 +66,14 @@ def sorted_rows(
     else:
         index = np.arange(len(weight))
     observations = np.unique(_bytes(x, y[:, None]), return_inverse=True)[1].reshape(-1)
-    together = _are_copies(x, observations, len(index))
+    equal_rows_are_copies = _are_copies(x, observations, len(index))
     optional = [part for part in (groups, time) if part is not None]
     key = _bytes(x, y[:, None], weight[:, None], *(part[:, None] for part in optional))
     index = index[np.argsort(key[index], kind="stable")]
     if time is not None:
         index = index[np.argsort(time[index], kind="stable")]
-    # The rows of one weight follow each other.
-    copies = observations[index] if together else np.cumsum(np.diff(index, prepend=-1) != 0)
+    # The repetitions of a row follow each other.
+    copies = observations[index] if equal_rows_are_copies else np.cumsum(np.diff(index, prepend=-1) != 0)
     parts = (None if part is None else part[index] for part in (groups, time))
     return TrainingRows(x[index], y[index], weight[index], copies, *parts)
 
@@ -88,8 +89,9 @@ def _bytes(*parts: np.ndarray) -> np.ndarray:
 def _are_copies(x: np.ndarray, observations: np.ndarray, num_rows: int) -> bool:
     """Whether equal rows are copies of one observation, which must not be in both parts of a split.
 
-    They are if rows hardly repeat before their weights do. They are, too, if a column has many different values (more
-    than folds), and rows with equal x have equal y. Otherwise equal rows of few values are different observations.
+    They are if rows hardly repeat (apart from repetitions by weights). They also are if a column has many different
+    values (more than there are folds), and rows with equal x have equal y. Otherwise equal rows are different
+    observations, which are equal because their columns have few values.
     """
     if not x.shape[1]:
         return False
@@ -118,9 +120,10 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
     - By default 8 folds, stratified by class, with copies of a row in one fold. More than 20,000 rows give one split,
       with an eighth for validation.
     - With groups, a group is in one fold.
-    - With time, validation rows are later than training rows: 8 windows of equal length, each trained on all earlier
-      ones. The rows of the first window are never validated. Of rows with groups, too, those whose group occurs in the
-      validation window are left out of training.
+    - With time, validation rows are later than training rows. The different times are cut into 9 windows of equal
+      length (fewer if there are fewer times). The rows of each window but the first are validated by a model of all
+      earlier rows. The rows of the first window are never validated. If rows also have groups, training rows whose
+      group occurs in the validation window are left out.
 
     A class with one row (or copies of one) stays in the training part.
 
@@ -148,8 +151,11 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
         splits = splits[-1:]
     if num_classes and rows.time is None and rows.groups is None:
         first = np.unique(rows.copies, return_index=True)[1]
-        alone = np.flatnonzero(np.bincount(rows.y[first], minlength=num_classes)[rows.y] == 1)
-        splits = [Split(np.union1d(split.train, alone), np.setdiff1d(split.valid, alone)) for split in splits]
+        only_rows_of_class = np.flatnonzero(np.bincount(rows.y[first], minlength=num_classes)[rows.y] == 1)
+        splits = [
+            Split(np.union1d(split.train, only_rows_of_class), np.setdiff1d(split.valid, only_rows_of_class))
+            for split in splits
+        ]
     splits = [split for split in splits if len(split.train) and len(split.valid)]
     if not splits:
         reason = "every class has one row only" if rows.groups is None else "no row has earlier rows of other groups"
@@ -159,8 +165,8 @@ def split_rows(rows: TrainingRows, num_classes: int, seed: int) -> list[Split]:
 
 def _windows(rows: TrainingRows, num: int) -> list[Split]:
     assert rows.time is not None
-    _, when = np.unique(rows.time, return_inverse=True)
-    window = when * (num + 1) // (when.max() + 1)
+    _, time_rank = np.unique(rows.time, return_inverse=True)
+    window = time_rank * (num + 1) // (time_rank.max() + 1)
     splits = []
     for w in range(1, num + 1):
         train, valid = np.flatnonzero(window < w), np.flatnonzero(window == w)
@@ -175,7 +181,7 @@ def _folds(rows: TrainingRows, num_classes: int, num: int, seed: int) -> list[Sp
 
     options: dict[str, Any] = {"n_splits": num, "shuffle": True, "random_state": seed}
     first, place = np.unique(rows.copies, return_index=True, return_inverse=True)[1:]
-    if rows.groups is not None:  # a group has all copies of a row
+    if rows.groups is not None:  # repetitions of a row have the same group, so that groups keep them together
         first = place = np.arange(len(rows.y))
     y, groups = rows.y[first], None if rows.groups is None else rows.groups[first]
     by_class = num_classes and np.bincount(y).max() >= 2

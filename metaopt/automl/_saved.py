@@ -79,7 +79,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     _check_prediction(estimator)
     estimator.nonconformity_ = file["nonconformity"]
     if estimator.nonconformity_.ndim != 2 or len(estimator.nonconformity_) != 2:
-        raise ValueError("its nonconformity scores do not have weights")
+        raise ValueError("its nonconformity scores must be [2, n]: scores and weights")
     error, num_blocks, num_units = file["score_error"].tolist()
     estimator.score_error_ = ScoreError(error, int(num_blocks), int(num_units))
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
@@ -87,7 +87,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     if num_classes:
         estimator.classes_ = decode_labels(header["classes"])
         if len(estimator.classes_) != num_classes:
-            raise ValueError(f"it names {len(estimator.classes_)} classes, and has {num_classes}")
+            raise ValueError(f"it has {len(estimator.classes_)} class labels, but {num_classes} classes")
     else:
         estimator.mean_, estimator.scale_ = float(header["mean"]), float(header["scale"])
     return estimator

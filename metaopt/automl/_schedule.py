@@ -39,7 +39,7 @@ class MemberResult(NamedTuple):
 
 
 class Clock:
-    """The time that is left of `limit` seconds, or of no limit if it is None."""
+    """Measures the time that is left of `limit` seconds. None means no limit."""
 
     def __init__(self, limit: float | None):
         self.start, self.limit = time.monotonic(), limit
@@ -79,7 +79,7 @@ def fit_members(
     A quick member comes first, so that there is a result. Then the first network of the portfolio begins, if its
     expected seconds are below 70 % of the time left. After that, the next member is the one with the largest expected
     gain per second among those that fit in the time left. The expected gain of the i-th member of the portfolio is 1/i.
-    If no member fits and none has begun, the fastest one begins.
+    If none of them fits in the time left, and no member has begun, the fastest one begins.
 
     Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
     long. A worker that runs out of time is killed, and a worker that crashes loses only its member. If a network runs
@@ -123,7 +123,7 @@ class _Run:
       parts: the results of the folds of unfinished members.
       results: finished members.
       failed: the reason of each member that failed or was stopped.
-      alone: tasks that ran without another one next to them.
+      alone: tasks that ran while no other task was running.
       network_began: whether the first network has begun.
     """
 
@@ -140,7 +140,7 @@ class _Run:
         seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
         self.serial = seconds < _SERIAL_SECONDS
         self.num_slots = 1 if self.serial else work.num_jobs
-        # One thread: settings of warnings and thread pools belong to the whole process.
+        # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         if not self.serial:
             for _ in range(work.num_jobs):
@@ -190,18 +190,21 @@ class _Run:
         if first is not None and not self.network_began and self.seconds(first) < 0.7 * self.time_left():
             self.network_began = True  # its compilation uses one core, next to other models
             return self.waiting.pop(first.name)[1]
-        rates = {}
+        gains = {}  # per second
         for name, (place, member) in self.waiting.items():
             seconds = self.seconds(member)
             if seconds < self.time_left() and not (self.network_runs() and member.kind == "network"):
-                rates[name] = 1 / (1 + place) / max(seconds, 1e-3)
-        if not rates and not self.parts:  # a late result is better than none
-            rates = {name: -self.seconds(member) for name, (_, member) in self.waiting.items()}
-            if rates:
-                name = max(rates, key=rates.__getitem__)  # of equally fast ones, the first of the portfolio
-                message = "the time limit is too short for any model; %s is fitted all the same, in about %.0f s"
-                _log.warning(message, name, -rates[name])
-        return self.waiting.pop(max(rates, key=rates.__getitem__))[1] if rates else None
+                gains[name] = 1 / (1 + place) / max(seconds, 1e-3)
+        if gains:
+            return self.waiting.pop(max(gains, key=gains.__getitem__))[1]
+        if self.parts or not self.waiting:
+            return None
+        # A late result is better than none.
+        durations = {name: self.seconds(member) for name, (_, member) in self.waiting.items()}
+        fastest = min(durations, key=durations.__getitem__)  # of equally fast ones, the first of the portfolio
+        message = "the time limit is too short for any model; fitting %s anyway, which takes about %.0f s"
+        _log.warning(message, fastest, durations[fastest])
+        return self.waiting.pop(fastest)[1]
 
     def is_quick(self, member: Member) -> bool:
         """Whether all folds of a member other than a network take little time."""

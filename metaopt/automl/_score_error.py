@@ -87,5 +87,5 @@ def _blocks(rows: TrainingRows, scored: np.ndarray, seed: int) -> tuple[np.ndarr
         num_blocks = min(NUM_FOLDS, num_units)
         return unit * num_blocks // num_units, num_blocks, num_blocks
     num_blocks = min(MAX_BLOCKS, num_units)
-    place = np.random.default_rng(seed).permutation(num_units)
-    return place[unit] * num_blocks // num_units, num_blocks, num_units
+    shuffled_unit = np.random.default_rng(seed).permutation(num_units)
+    return shuffled_unit[unit] * num_blocks // num_units, num_blocks, num_units

@@ -32,15 +32,15 @@ def shipped_predictor() -> TrainedPredictor:
 
 
 def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> base.HyperParams:
-    """Predicts the hyperparameters of `tabular_network` for a new table, without a trial: λ = g(t').
+    """Predicts the hyperparameters of `tabular_network` for a new table t', without a trial: λ = g(t').
 
     It computes 31 meta-features of the table, which takes about .1 s to .3 s, and evaluates g. If features lie outside
     the range of g's training, the prediction shrinks towards one λ for all tables.
 
     Args:
       table: a `tasks.PreparedTable`, of which only the training rows are used; a `tasks.Table`; or (x [n, d], y [n],
-        categorical [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes, which encodes it. All rows
-        of a `Table`, of arrays or of a frame are used: pass only training rows.
+        categorical [d]). With `target`, a frame of any type that `tasks.fit_encoder` takes. All rows of a `Table`, of
+        arrays or of a frame are used: pass only training rows.
       target: the name or the position of a column of the frame, which is not used as a feature, or one label per row
         of the frame. Rows without a label are dropped. None: `table` has the labels.
       seed: the seed of subsamples and folds of the meta-features.

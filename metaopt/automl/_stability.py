@@ -2,9 +2,10 @@
 
 Each candidate (an algorithm with k clusters) clusters several random parts of the rows. The agreement of two such
 clusterings is their adjusted Rand index on the shared rows, and the mean over all pairs is the stability s. Random
-labels have s = 0 for every k. But two clusters are stable in an elongated table without clusters, too. So the same is
-done with a reference table of normal rows with the same covariance, whose stability is r. Candidates need s - r of at
-least `LEAST_GAIN`. Small k are more stable than large ones, so the largest k of the stable candidates is chosen.
+labels have s = 0 for every k. But two clusters are stable in an elongated table without clusters, too. So each
+candidate also clusters a reference table of normal rows with the same covariance. Its stability there is r. Candidates
+need s - r of at least `LEAST_GAIN`. Small k are more stable than large ones, so the largest k of the stable candidates
+is chosen.
 
 Source: Ben-Hur et al., PSB 2002, for the stability; Dudoit & Fridlyand, Genome Biology 2002, for the reference.
 """
@@ -119,7 +120,8 @@ def measure(candidate: Candidate, z: np.ndarray, reference: np.ndarray, parts: n
     """
     start = time.perf_counter()
     part_labels = lambda table, i: cluster(candidate, table[parts[i]], seed + i, num_starts=3)[0]
-    # OpenMP's limit holds for the calling thread only. Sums in another order could change a label.
+    # OpenMP's limit only holds for the calling thread, so it is set here. Without it, sums could be in another order,
+    # which could change a label.
     with threadpoolctl.threadpool_limits(1):
         clusters = cluster(candidate, z, seed, num_starts=10)[1]
         num_clusters = int(clusters.labels.max()) + 1
@@ -153,9 +155,10 @@ def agreement(labels: list[np.ndarray], parts: np.ndarray) -> np.ndarray:
 
 def choose(board: list[Measured]) -> Measured | None:
     """The most stable candidate with the largest k among the stable ones, or None for one cluster."""
-    beyond = [m for m in board if m.stability - m.reference >= LEAST_GAIN]
-    best = max((m.stability for m in beyond), default=0.0)
-    return max((m for m in beyond if m.stability >= STABLE * best), key=lambda m: (m.k, m.stability), default=None)
+    above_reference = [m for m in board if m.stability - m.reference >= LEAST_GAIN]
+    best = max((m.stability for m in above_reference), default=0.0)
+    stable = (m for m in above_reference if m.stability >= STABLE * best)
+    return max(stable, key=lambda m: (m.k, m.stability), default=None)
 
 
 def cluster(candidate: Candidate, z: np.ndarray, seed: int, num_starts: int) -> tuple[np.ndarray, Clusters]:

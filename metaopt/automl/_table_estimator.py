@@ -75,12 +75,12 @@ def encode(estimator: Any, fitted: str) -> dict[str, Any]:
 
 
 def decode(estimator: Any, header: dict[str, Any]) -> None:
-    """Sets what `encode` wrote. Lists of arguments become tuples."""
+    """Sets the attributes that `encode` wrote. Arguments that are lists become tuples."""
     params = header["params"].items()
     estimator.set_params(**{key: tuple(value) if isinstance(value, list) else value for key, value in params})
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
     estimator.n_features_in_ = len(estimator.encoder_.input_names)
-    names = header["feature_names"]  # the encoder has other names for equal ones
+    names = header["feature_names"]  # the encoder renames equal names
     if names is not None:
         if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):
             raise ValueError("its names of columns do not fit its columns")

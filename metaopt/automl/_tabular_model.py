@@ -76,7 +76,7 @@ def _log_probabilities(model: TabularModel, numbers: np.ndarray) -> np.ndarray:
     x = jnp.asarray(model.columns.transform(numbers))
     ones = lambda num: jnp.ones(num, x.dtype)  # as in a task
     batch = {"x": x, "feature_mask": ones(x.shape[1]), "class_mask": ones(len(model.classes))}
-    # Types that are not weak, as in a loaded model: otherwise float64 would promote them differently.
+    # Weak types would be promoted differently next to float64. So make all types strong, as they are in a loaded model.
     hyperparams = {name: jnp.asarray(np.asarray(value)) for name, value in model.hyperparams.items()}
     return np.asarray(log_probabilities(model.params, hyperparams, batch))
 

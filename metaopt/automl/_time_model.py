@@ -24,7 +24,11 @@ _NETWORK_STEP = 2e-4  # seconds of a step of one fold
 
 
 class TimeModel:
-    """Predicts seconds of fits; `observe` corrects its factors, one per kind and one for all kinds."""
+    """Predicts seconds of fits.
+
+    `observe` corrects the predictions by a factor for each kind. Kinds without an observation get the geometric mean of
+    the factors of other kinds. `observe_network` does the same for networks, with one factor.
+    """
 
     def __init__(self, num_rows: int, num_columns: int, num_classes: int):
         self.shape = (num_rows / 1000, max(1, num_columns) / 10, max(2, num_classes) / 2)

@@ -1,9 +1,9 @@
 """Black-box search: objectives without a gradient, records of their trials, and searchers that learn from records.
 
-- Trials: `collect` runs an objective `(trial, task) -> outcome` with a searcher on many tasks, and stores a `Record`
-  of each trial (`append_records`, `read_records`, `recover_records`). `best_records` finds the best ones, also by
-  several outcomes. `sklearn_objective` and `lightning.objective`
-  make objectives; `from_optuna_study`, `from_hpob` and `from_openml_evaluations` read the trials of other programs.
+- Trials: `collect` runs an objective `(trial, task) -> outcome` with a searcher on many tasks, and stores a `Record` of
+  each trial (`append_records`, `read_records`, `recover_records`). `best_records` finds the best trials, by one outcome
+  or several. `sklearn_objective` and `lightning.objective` make objectives; `from_optuna_study`, `from_hpob` and
+  `from_openml_evaluations` read the trials of other programs.
 - Searchers: `random_search`, `tpe`, `bohb`, `regularized_evolution`; `asha` and `enqueue` wrap any searcher.
 - Learned searchers: `train_meta_optimizer` and `train_meta_searcher` learn from the records of earlier tasks which
   configurations to try on a new task; `train_curve_searcher` learns from their learning curves. `optuna_sampler`

@@ -28,8 +28,8 @@ def censored_mean(mixture: Mixture, bound: jax.Array) -> jax.Array:
 
     This is the outcome to impute for a failed trial. A failed trial is treated as censored: its outcome is at least as
     bad as the worst observed one. The function computes the expectation step of a censored likelihood once. Imputing
-    the worst outcome itself would claim too much: the outcome is not known exactly. It would also claim too little: the
-    failed configuration would not be worse than the worst successful one.
+    the worst outcome itself would assume too much: that the outcome is known exactly. It would also assume too little:
+    that the failed configuration is not worse than the worst successful one.
 
     Args:
       mixture: the predictions at P configurations, given the trials that did not fail.
@@ -41,12 +41,13 @@ def censored_mean(mixture: Mixture, bound: jax.Array) -> jax.Array:
     Source: Tobin, Econometrica 1958 (the censored likelihood); Hutter, Hoos & Leyton-Brown, Bayesian optimization with
       censored response data, 2011, https://arxiv.org/abs/1310.1947 (repeated imputation in Bayesian optimization).
     """
-    above = (mixture.mean - bound) / mixture.std
+    u = (mixture.mean - bound) / mixture.std
     weights = jnp.exp(mixture.log_weights)
-    shares = jax.scipy.special.ndtr(above) @ weights
+    shares = jax.scipy.special.ndtr(u) @ weights
     # E[y | y ≥ bound] − bound is the expected improvement in the other direction, divided by the mass above the bound.
     excess = _improvement(mixture.mean - bound, mixture.std) @ weights
-    # If the bound is far above the predictions (shares underflow), the excess is below the std of every component.
+    # If the bound is far above the predictions, `shares` underflows. The excess is then below the std of every
+    # component, so we return the bound.
     return bound + jnp.where(shares > 1e-6, excess / jnp.maximum(shares, 1e-6), 0.0)
 
 
@@ -73,17 +74,17 @@ def thompson_sample(key: jax.Array, mixture: Mixture, *, independent: bool) -> j
       key: consumed.
       mixture: the predictions at P configurations.
       independent: whether to sample each outcome independently, which ignores correlations; use it for finite sets. If
-        False, the outcomes are the component's means, a smooth function: the sample is the earlier task that the new
-        one resembles.
+        False, the outcomes are the means of the sampled component, a smooth function. Only the component is then
+        random, that is, mainly which earlier task the new one resembles.
 
     Returns:
       [P], larger is better.
     """
-    which, noise = jax.random.split(key)
-    component = jax.random.categorical(which, mixture.log_weights)
+    component_key, noise_key = jax.random.split(key)
+    component = jax.random.categorical(component_key, mixture.log_weights)
     values = mixture.mean[:, component]
     if independent:
-        values += jax.random.normal(noise, values.shape) * mixture.std[:, component]
+        values += jax.random.normal(noise_key, values.shape) * mixture.std[:, component]
     return -values
 
 
@@ -127,9 +128,9 @@ def batch_expected_improvement(
     running, mask = pending
     joint = joint_posterior_at(surrogate, conditioned, x, running, functions=functions)
     num = len(x)
-    which, noise = jax.random.split(key)
+    component_key, noise_key = jax.random.split(key)
     # Evenly spaced levels, so that each component is drawn in proportion to its weight.
-    levels = (jnp.arange(num_samples) + jax.random.uniform(which)) / num_samples
+    levels = (jnp.arange(num_samples) + jax.random.uniform(component_key)) / num_samples
     cumulative = jnp.cumsum(jnp.exp(joint.log_weights))
     drawn = jnp.minimum(jnp.searchsorted(cumulative, levels), len(cumulative) - 1)
     # Per process, in normalized units: covariances among the running trials, and between them and x.
@@ -137,18 +138,18 @@ def batch_expected_improvement(
     within = joint.covariance[:, num:] * (mask[:, None] * mask[None])[None]
     chol = jnp.linalg.cholesky(within + jnp.diag(1e-6 + 1 - mask)[None])
     gain = jax.vmap(lambda c, k: jax.scipy.linalg.cho_solve((c, True), k.T).T)(chol, cross)  # [R, P, Q]
-    left = joint.variance[:, :num] - (gain * cross).sum(2)
-    std = jnp.sqrt(jnp.maximum(left, 1e-9))  # [R, P]
+    variance_left = joint.variance[:, :num] - (gain * cross).sum(2)
+    std = jnp.sqrt(jnp.maximum(variance_left, 1e-9))  # [R, P]
 
-    scale, kind = joint.scales[drawn], joint.kind[drawn]  # [n]
-    deviations = jnp.einsum("nij,nj->ni", chol[kind], jax.random.normal(noise, (num_samples, len(mask))))
+    scale, process = joint.scales[drawn], joint.process_index[drawn]  # [n]
+    deviations = jnp.einsum("nij,nj->ni", chol[process], jax.random.normal(noise_key, (num_samples, len(mask))))
     y = joint.mean[num:, drawn].T + scale[:, None] * deviations  # [n, Q]
     best = jnp.minimum(best, jnp.where(mask[None] > 0, y, jnp.inf).min(1))  # [n]
-    mean = joint.mean[:num, drawn] + scale[None] * jnp.einsum("npq,nq->pn", gain[kind], deviations * mask[None])
-    return _improvement(best[None] - mean, scale[None] * std[kind].T).mean(1)
+    mean = joint.mean[:num, drawn] + scale[None] * jnp.einsum("npq,nq->pn", gain[process], deviations * mask[None])
+    return _improvement(best[None] - mean, scale[None] * std[process].T).mean(1)
 
 
-def _improvement(below: jax.Array, std: jax.Array) -> jax.Array:
-    """E[max(below + std ε, 0)]."""
-    u = below / std
+def _improvement(gap: jax.Array, std: jax.Array) -> jax.Array:
+    """E[max(gap + std ε, 0)]."""
+    u = gap / std
     return std * (u * jax.scipy.special.ndtr(u) + jnp.exp(-(u**2) / 2) / np.sqrt(2 * np.pi))

@@ -16,10 +16,10 @@ class AshaState(NamedTuple):
 
     Attributes:
       searcher: the state of the searcher that proposes configurations.
-      trials: trial number -> (bracket, the record that `searcher` first asked for).
+      trials: trial number -> (bracket, the record that `searcher` proposed).
       outcomes: trial number -> the outcomes at each rung that has a result; infinite if the trial failed or was pruned.
-        The objectives are before the excess above the bounds of constraints.
-      asked: (trial number, rung) of all trials that were asked for.
+        The objectives come first, then the outcomes of the constraints minus their bounds.
+      asked: (trial number, rung) of all trials that `ask` has returned.
       num_started: number of trials that have started.
     """
 
@@ -45,8 +45,8 @@ def asha(
     receives every outcome with its fidelity, and brings outcomes of several fidelities to one scale.
 
     A trial starts at fidelity η^(1 − K + b), where b is its bracket and K the number of rungs. One bracket is ASHA. K
-    brackets are Hyperband, which also starts some trials at larger budgets, in case small budgets mislead. Trials start
-    in brackets as often as in Hyperband, in proportion to η^s/(s + 1), s = K − 1 − b.
+    brackets are Hyperband, which also starts some trials at larger budgets, in case small budgets mislead. The share of
+    trials that start in bracket b is that of Hyperband: proportional to η^s/(s + 1), s = K − 1 − b.
 
     The searcher never waits for a rung to fill, so that you can ask for any number of trials at any time.
     `blackbox.collect` asks for `batch_size` trials per task, and reports all their results before it asks again. The
@@ -60,11 +60,11 @@ def asha(
       num_rungs: K, the number of fidelities, at least 2. By default, fidelities are 1/27, 1/9, 1/3 and 1.
       num_brackets: at least 1, at most K.
       objectives: the names of several outcomes that the objective returns. By default, the `outcome` decides, which is
-        the first one. With several, a rung is sorted by fronts: the first front has the trials that no other trial of
-        the rung dominates, the second those that only the first dominates, and so on. Within a front, trials that
-        spread over it come first.
-      constraints: name -> the largest feasible value of another outcome. Trials that are infeasible at a rung are worse
-        than all others, by how much they exceed the bounds.
+        the first one. With several, a rung is sorted by fronts. The first front has the trials that no other trial of
+        the rung dominates. The second has those that only trials of the first front dominate, and so on. A front is
+        ordered so that its first trials are spread over it.
+      constraints: name -> the largest feasible value of another outcome. Trials that are infeasible at a rung rank
+        after all feasible ones, in the order of how much they exceed the bounds.
 
     Returns:
       A searcher. A trial has a record for each fidelity that it reached. An objective that resumes its own checkpoints
@@ -122,23 +122,23 @@ class _Rungs(NamedTuple):
 def _ask(rungs: _Rungs, inner: base.Searcher, state: AshaState, num: int) -> tuple[list[base.Record], AshaState]:
     asked = []
     for _ in range(num):
-        due = _promotion(rungs, state)
-        if due is None:
+        promotion = _promotion(rungs, state)
+        if promotion is None:
             new, searcher_state = inner.ask(state.searcher, 1)
             if not new:
                 break
             bracket, trial = _next_bracket(rungs, state), new[0]
             if not _fidelities.is_full_budget(trial.fidelity):
                 raise ValueError(
-                    f"`searcher` asks for a fidelity of {trial.fidelity:g}, and so chooses budgets itself; "
-                    "use it without `asha`."
+                    f"`searcher` proposed a trial at fidelity {trial.fidelity:g}. `asha` needs a searcher that "
+                    "proposes only full budgets; use this one without `asha`."
                 )
-            due = trial.trial, bracket
+            promotion = trial.trial, bracket
             trials = {**state.trials, trial.trial: (bracket, trial)}
             state = state._replace(searcher=searcher_state, trials=trials, num_started=state.num_started + 1)
-        number, rung = due
+        number, rung = promotion
         asked.append(state.trials[number][1]._replace(fidelity=rungs.fidelities[rung]))
-        state = state._replace(asked=state.asked | {due})
+        state = state._replace(asked=state.asked | {promotion})
     return asked, state
 
 
@@ -146,25 +146,25 @@ def _promotion(rungs: _Rungs, state: AshaState) -> tuple[int, int] | None:
     """(trial, rung) of the trial to promote, at the highest possible rung, or None."""
     for rung in reversed(range(1, rungs.num)):
         for bracket in range(rungs.num_brackets):
-            done = [
+            results = [
                 (outcomes[rung - 1], number)
                 for number, outcomes in state.outcomes.items()
                 if rung - 1 in outcomes and state.trials[number][0] == bracket
             ]
-            for number in _best(rungs.goals, sorted(done))[: len(done) // rungs.factor]:
+            for number in _best(rungs.goals, sorted(results))[: len(results) // rungs.factor]:
                 if (number, rung) not in state.asked:
                     return number, rung
     return None
 
 
-def _best(goals: Goals, done: list[tuple[tuple[float, ...], int]]) -> list[int]:
+def _best(goals: Goals, results: list[tuple[tuple[float, ...], int]]) -> list[int]:
     """The trials with finite outcomes from the best to the worst."""
-    if not done:
+    if not results:
         return []
-    if len(done[0][0]) == 1:
-        return [number for (outcome,), number in done if np.isfinite(outcome)]
-    values, num = np.array([outcomes for outcomes, _ in done]), max(len(goals.objectives), 1)
-    return [done[i][1] for i in best_first(values[:, :num], values[:, num:])]
+    if len(results[0][0]) == 1:
+        return [number for (outcome,), number in results if np.isfinite(outcome)]
+    values, num = np.array([outcomes for outcomes, _ in results]), max(len(goals.objectives), 1)
+    return [results[i][1] for i in best_first(values[:, :num], values[:, num:])]
 
 
 def _next_bracket(rungs: _Rungs, state: AshaState) -> int:
@@ -172,8 +172,8 @@ def _next_bracket(rungs: _Rungs, state: AshaState) -> int:
     left = [rungs.num - 1 - bracket for bracket in range(rungs.num_brackets)]  # s
     share = np.array([rungs.factor**s / (s + 1) for s in left])
     share /= share.sum()
-    begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=rungs.num_brackets)
-    return int(np.argmax(share * (state.num_started + 1) - begun))
+    num_begun = np.bincount([bracket for bracket, _ in state.trials.values()], minlength=rungs.num_brackets)
+    return int(np.argmax(share * (state.num_started + 1) - num_begun))
 
 
 def _tell(rungs: _Rungs, inner: base.Searcher, state: AshaState, records: Sequence[base.Record]) -> AshaState:
@@ -182,9 +182,10 @@ def _tell(rungs: _Rungs, inner: base.Searcher, state: AshaState, records: Sequen
         bracket_and_trial = state.trials.get(record.trial)
         if bracket_and_trial is None or record.configuration != bracket_and_trial[1].configuration:
             continue  # a trial of another search: only `searcher` receives it
-        # Another search may start with the same default, from another seed.
-        own = record.seed == bracket_and_trial[1].seed
-        rung = _fidelities.rung_of(rungs.fidelities, record, own=own)
+        # Another search may have the same configuration under the same number, such as the default, but with another
+        # seed. Its fidelity need not be one of ours.
+        is_ours = record.seed == bracket_and_trial[1].seed
+        rung = _fidelities.rung_of(rungs.fidelities, record, own=is_ours)
         if rung is None:
             continue
         values, excess = values_of([record], rungs.goals)

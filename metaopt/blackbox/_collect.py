@@ -6,8 +6,8 @@ every searcher receives the records of the trials that it proposed, in the order
 on its own seed. So the records depend on the batch size, but not on the number of workers.
 
 To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
-Trials that have ended in the store are not run again; the searcher receives their stored records. The state of a
-searcher is never saved.
+Trials whose end is in the store do not run again; the searcher receives their stored records. The state of a searcher
+is never saved.
 """
 
 import collections
@@ -64,16 +64,17 @@ def collect(
     exceeds a limit, its record has status "FAIL" and a reason, and the collection continues. joblib's workers only
     start the child processes and wait for them. (A process pool would lose its other trials when one of its processes
     is ended.) By default the workers are threads. `backend`, or `joblib.parallel_config(backend=...)`, makes them
-    processes of loky, Dask (extra `dask`) or Ray (extra `ray`). Each worker has children on its own machine:
+    processes of loky, Dask (extra `dask`) or Ray (extra `ray`). The children of a worker run on its machine. For
+    example:
 
         client = distributed.Client("scheduler:8786")         # or `ray.init("auto")` and `backend="ray"`
         records = blackbox.collect(objective, space, named, num_trials=100, key=key, store="records.db", backend="dask")
 
     If a worker is lost, for example because its machine is gone, its trials run again. They depend only on their seeds,
     so the records are the same. Dask and Ray send such trials to another worker. If a backend gives up, or cannot do
-    so, `collect` starts all trials that were running once more, and logs a warning. If a backend reports a loss three
-    times without a trial that ends in between, `collect` raises its error. The store then has all trials that have
-    ended, and the next call continues.
+    so, `collect` restarts all trials that were running, and logs a warning. If a backend reports three losses in a row,
+    and no trial ends between them, `collect` raises its error. The store then has all trials that have ended, and the
+    next call continues.
 
     Only this process writes to the store, as soon as a trial ends. With Ray, it writes after each group of trials that
     ran at the same time. If the workers of a backend are processes, the backend must be able to send the objective and
@@ -102,12 +103,12 @@ def collect(
       resumes: whether the objective continues a trial from its own checkpoint of a lower fidelity. Then only the
         difference of the two fidelities counts as spent.
       store: a file of records (`append_records`), created if it does not exist; None stores nothing. A trial that has
-        ended in the store is not run again, even if it failed (see `retry_failed`). So `collect` raises an error if
-        the NumPy or JAX arrays, or the pandas frames, in a task (a pytree) have changed since then. The log warns once
-        if the source text of the objective has changed. It sees no other changes, such as those of numbers or other
-        objects in a task, of files that the objective reads, or of functions that it calls: then use another `store`
-        or `study`. During a collection, a lock file lies next to
-        the store; its name ends in `.lock`. A killed collection may leave this file behind; it is harmless.
+        ended in the store is not run again, even if it failed (see `retry_failed`). So `collect` raises an error if the
+        NumPy or JAX arrays, or the pandas frames, in a task (a pytree) have changed since then. The log warns once if
+        the source text of the objective has changed. `collect` does not detect other changes: of numbers or other
+        objects in a task, of files that the objective reads, or of functions that it calls. After such a change, use
+        another `store` or `study`. During a collection, a lock file lies next to the store; its name ends in `.lock`. A
+        killed collection may leave this file behind; it is harmless.
       study: the name of the collection in the store. To continue a collection, call again with the same space,
         searcher, `batch_size`, `same_trials`, `resumes` and key. `num_trials` may be larger, tasks may be added or left
         out, and configurations may be enqueued `after` the trials that have run. Only one collection of a study runs at
@@ -121,14 +122,14 @@ def collect(
         Dask uses all cores of its cluster. So does Ray, if `num_workers` is None.
       isolated: whether trials run in child processes, on POSIX systems. Otherwise they run in joblib's workers. This is
         faster for trials that take milliseconds. But then `time_limit` and `memory_limit` are impossible, and a crash
-        ends this process, or is the loss of a worker.
+        ends this process, or the worker process in which the trial runs.
       time_limit: seconds for each trial. None sets no limit, and a trial that hangs stops the collection.
       memory_limit: MiB for the process of a trial and the processes that it starts, read 20 times a second, on Linux.
         Python with metaopt and JAX takes 200 to 300 MiB.
-      budget: seconds for the whole collection; None or `inf` sets no limit. No trial begins later. Running trials
-        continue until they end or reach their limit. So a collection exceeds its budget by less than the limit of one
-        trial. Workers on other machines should have the same clock. Trials that were about to begin stay "RUNNING" in
-        the store until the next call.
+      budget: seconds for the whole collection; None or `inf` sets no limit. After this time, no trial begins. Running
+        trials continue until they end or reach their limit. So a collection exceeds its budget by less than the limit
+        of one trial. Workers on other machines should have the same clock. Trials that were about to begin stay
+        "RUNNING" in the store until the next call.
       progress: None reports trials on standard error: with a bar in a terminal or notebook, otherwise with a line every
         10 s. With one task and one outcome, the report has the best outcome so far. True also prints a line at the end
         of a short collection; False reports nothing.
@@ -145,7 +146,7 @@ def collect(
         or another collection of it is running.
       FileNotFoundError: if the folder of the store does not exist.
       RuntimeError: if a child cannot start, or cannot read the objective or a task.
-      ImportError: if joblib, Dask or Ray, or for isolated trials cloudpickle, is needed and not installed.
+      ImportError: if joblib, Dask, Ray or (for isolated trials) cloudpickle is needed and not installed.
 
     >>> import jax
     >>> from metaopt import blackbox, spaces
@@ -177,12 +178,12 @@ def collect(
     deadline = float("inf") if budget is None else time.monotonic() + budget
     trial_runner = Runner(run, objective, named, store, study, num_workers, deadline)
     try:
-        with _alone(store, study), workers(backend, num_workers), _progress(num_trials, len(named), progress) as show:
-            _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, show)
+        with _alone(store, study), workers(backend, num_workers), _progress(num_trials, len(named), progress) as report:
+            _search(searches, trial_runner, batch_size or 1, all_at_once, retry_failed, report)
     except KeyboardInterrupt as error:
-        if error.args:  # that of a `fit` in the objective names its own checkpoint
+        if error.args:  # the message of a `fit` in the objective names its checkpoint
             raise
-        # joblib's traceback is long, and does not say what remains.
+        # joblib's traceback is long, and does not state which trials are stored.
         raise KeyboardInterrupt(_interrupted(store)) from None
     finally:
         if isolated:
@@ -206,28 +207,28 @@ def _search(
     batch_size: int,
     all_at_once: bool,
     retry_failed: bool,
-    show: Callable[[base.Record], None],
+    report: Callable[[base.Record], None],
 ) -> None:
     """Runs rounds until all searches have ended, or time is over."""
 
     def read(stored, trial):
         _check_same(stored, trial, runner.store, runner.study)
-        show(stored)
+        report(stored)
 
     # A searcher receives the first end of a trial, even if a failed trial was run again.
-    last, first = _read_ended(runner, retry_failed)
+    last_end, first_end = _read_ended(runner, retry_failed)
     if runner.store is not None:
-        check_origins(runner, {record.task for record in last.values()})
-    if last:
-        _log.info("%s has %d trials of these tasks, which do not run again.", runner.store, len(last))
+        check_origins(runner, {record.task for record in last_end.values()})
+    if last_end:
+        _log.info("%s has %d trials of these tasks, which do not run again.", runner.store, len(last_end))
     while searching := [search for search in searches if not search.ended]:
-        trials = _ask_round(searching, batch_size, all_at_once, last, runner.deadline, read)
+        trials = _ask_round(searching, batch_size, all_at_once, last_end, runner.deadline, read)
         for record in run_all(runner, trials):
-            last[identity(record)] = record
-            show(record)
-        for _ in trials:  # after the deadline, this still reads the trials that have ended in the store
+            last_end[identity(record)] = record
+            report(record)
+        for _ in trials:  # `run_all` stops at the deadline; this reads the remaining ended trials of the store
             pass
-        if not all([search.tell(last, first) for search in searching]):
+        if not all([search.tell(last_end, first_end) for search in searching]):
             break
 
 
@@ -246,7 +247,7 @@ class _TaskSearch:
         self.name, self.records, self.batch, self.whole, self.ended = name, [], [], False, False
         self._searcher, self._state, self._num_trials = searcher, state, num_trials
         self._spent = 0.0  # in full budgets
-        self._paid: dict[int, float] | None = {} if resumes else None  # the highest fidelity of each trial
+        self._paid_fidelity: dict[int, float] | None = {} if resumes else None  # the highest fidelity of each trial
 
     def ask(self, num: int) -> list[base.Record]:
         """Asks for a whole batch even if `num_trials` allows fewer, so that a later call may raise `num_trials`."""
@@ -255,22 +256,22 @@ class _TaskSearch:
         for trial in asked:
             if self._spent < self._num_trials - 1e-6:  # a sum of thirds is not exactly an integer
                 self._spent += trial.fidelity
-                if self._paid is not None:
-                    self._spent -= self._paid.get(trial.trial, 0.0)
-                    self._paid[trial.trial] = trial.fidelity
+                if self._paid_fidelity is not None:
+                    self._spent -= self._paid_fidelity.get(trial.trial, 0.0)
+                    self._paid_fidelity[trial.trial] = trial.fidelity
                 trials.append(trial._replace(task=self.name))
         self.ended = not asked or self._spent >= self._num_trials - 1e-6
         self.batch += trials
         return trials
 
-    def tell(self, last: dict[tuple, base.Record], first: dict[tuple, base.Record]) -> bool:
-        """Ends a round. Returns False, and passes no records to the searcher, if some of its trials have not ended."""
-        done = [last[identity(trial)] for trial in self.batch if identity(trial) in last]
+    def tell(self, last_end: dict[tuple, base.Record], first_end: dict[tuple, base.Record]) -> bool:
+        """Ends a round. If all trials have ended, the searcher receives their records. Returns whether they have."""
+        done = [last_end[identity(trial)] for trial in self.batch if identity(trial) in last_end]
         self.records += done
         complete = self.whole and len(done) == len(self.batch)
         if complete:
-            heard = [first.get(identity(record), record) for record in done]
-            self._state = self._searcher.tell(self._state, heard)
+            first_records = [first_end.get(identity(record), record) for record in done]
+            self._state = self._searcher.tell(self._state, first_records)
         return complete
 
 
@@ -285,7 +286,7 @@ def _ask_round(
     """Asks the searchers for one batch after the other, and yields the trials that have to run.
 
     With `all_at_once`, all trials of a search form one round. `read(stored, trial)` is called for each trial that has
-    ended. After the deadline, it asks a searcher only if the store has more of its trials.
+    ended. After the deadline, this function asks a searcher only while the store has more of the searcher's trials.
     """
     num_stored = collections.Counter(task for task, *_ in ended)
     for search in searches:
@@ -308,9 +309,9 @@ def _check_same(stored: base.Record, trial: base.Record, store: Any, study: str)
     if (stored.configuration, stored.seed) != (trial.configuration, trial.seed):
         raise ValueError(
             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
-            "proposes now: the store comes from another space, searcher, key or `batch_size`, or other configurations "
-            "were enqueued. To enqueue in the middle of a collection, pass `after`, its number of trials so far, to "
-            f"`enqueue`; otherwise give this collection another `study` than {study!r}."
+            "proposes now. Either the space, searcher, key or `batch_size` has changed, or configurations were "
+            "enqueued. To enqueue during a collection, pass `enqueue(after=number of trials so far)`; otherwise use "
+            f"another `study` than {study!r}."
         )
 
 
@@ -361,15 +362,15 @@ def _alone(store, study: str) -> Iterator[None]:
 
 
 def _read_ended(runner: Runner, retry_failed: bool) -> tuple[dict[tuple, base.Record], dict[tuple, base.Record]]:
-    """Returns the last and the first end of each trial; a trial that is not in the first dict runs again."""
+    """Returns two dicts, trial -> its last ended record and trial -> its first. Trials without a last one run again."""
     if runner.store is None or not os.path.exists(runner.store):
         return {}, {}
     rows = read_records(runner.store, study=runner.study, status=_ENDED, history=True)
     rows = [record for record in rows if record.task in runner.tasks]
-    last = {identity(record): record for record in rows}
+    last_end = {identity(record): record for record in rows}
     if retry_failed:
-        last = {name: record for name, record in last.items() if record.status != "FAIL"}
-    return last, {identity(record): record for record in reversed(rows)}
+        last_end = {name: record for name, record in last_end.items() if record.status != "FAIL"}
+    return last_end, {identity(record): record for record in reversed(rows)}
 
 
 @contextlib.contextmanager

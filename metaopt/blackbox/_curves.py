@@ -6,10 +6,10 @@ Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier tas
     y ~ GP(m, (α/S) Σ_s d_s d_sᵀ + (β + γ k(c, c') + δ [c = c']) u(c, j) u(c', j') R(j, j')) + N(0, (σ u(c, j))²).
 
 The first term says that the task is a combination of earlier ones. The second term models the rest: a level of the task
-(β), a part that similar configurations share (γ), and a part of each single configuration (δ). u is the deviation of
-tasks at (c, j), and R is the correlation of two fidelities. Both are learned from earlier tasks. The scales α to σ and
-the lengths of k are learned by leaving one task out (`curve_loss`). All observations (any fidelities of any
-configurations) are conditioned on in closed form.
+(β), a part that similar configurations share (γ), and a part of each single configuration (δ). Here, u(c, j) is the
+standard deviation over tasks, and R is the correlation of two fidelities. Both are learned from earlier tasks. The
+scales α to σ and the lengths of k are learned by leaving one task out (`curve_loss`). All observations (any fidelities
+of any configurations) are conditioned on in closed form.
 
 Limits: the outcomes of all tasks must have one scale (error rates, clipped losses). The candidates are a finite set and
 were run on earlier tasks (gaps are filled in). Predictions are Gaussian, even if curves can end in two ways, for
@@ -30,6 +30,9 @@ import numpy as np
 _JITTER = 1e-6
 _NUM_ERRORS = 40
 _FEW = 10
+# How gaps are filled. R is estimated only from curves without gaps if there are more than 10 for each fidelity. It is
+# shrunk toward the identity, so that it is invertible. Outcomes have a noise variance, in units of the squared spread.
+_WHOLE_CURVES, _SHRINKAGE, _FILL_NOISE, _FILL_ROUNDS = 10, 0.01, 0.05, 3
 
 
 class CurveNoise(NamedTuple):
@@ -56,8 +59,9 @@ class CurveSurrogate(NamedTuple):
       correlation: [F, F] R.
       known: [S, M, F] bool, which values of f_s were observed; the others were filled in.
       noise: the scales of the terms.
-      errors: [1 + F, Q] ascending: standardized errors (y − μ)/σ at the full budget on left-out earlier tasks, after 0,
-        1, ... F fidelities of the trial itself were observed (`calibrate`). They replace the normal distribution.
+      errors: [1 + F, Q] quantiles of standardized errors (y − μ)/σ at the full budget on left-out earlier tasks
+        (`calibrate`), ascending in each row. Row n is for trials of which n fidelities were observed. These quantiles
+        replace those of the normal distribution.
     """
 
     x: jax.Array
@@ -145,23 +149,23 @@ def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
         seen = np.flatnonzero(np.isfinite(row))
         row[:] = np.interp(np.arange(len(row)), seen, row[seen]) if len(seen) else 0.0
     filled = np.where(known, curves, mean + level[:, None])
-    for _ in range(1 if known.all() else 3):
+    is_whole = known.all(2)  # [S, M]
+    # Filled values depend on the correlation, and the correlation on filled values, so we alternate.
+    for _ in range(1 if known.all() else _FILL_ROUNDS):
         center = filled.mean(0)
         spread = _spread(filled - center, len(filled))
         standard = (filled - center) / spread
-        rows = (
-            standard[known.all(2)]
-            if known.all(2).sum() > 10 * standard.shape[-1]
-            else standard.reshape(-1, standard.shape[-1])
-        )
+        num_fidelities = standard.shape[-1]
+        enough = is_whole.sum() > _WHOLE_CURVES * num_fidelities
+        rows = standard[is_whole] if enough else standard.reshape(-1, num_fidelities)
         covariance = rows.T @ rows / len(rows)
         scale = np.sqrt(np.diag(covariance) + 1e-12)
-        correlation = 0.99 * covariance / np.outer(scale, scale) + 0.01 * np.eye(len(scale))
-        rest = (filled - mean - level[:, None]) / spread
-        for s, c in np.argwhere(known.any(2) & ~known.all(2)):
+        correlation = (1 - _SHRINKAGE) * covariance / np.outer(scale, scale) + _SHRINKAGE * np.eye(len(scale))
+        residual = (filled - mean - level[:, None]) / spread
+        for s, c in np.argwhere(known.any(2) & ~is_whole):
             seen = known[s, c]
-            inner = correlation[np.ix_(seen, seen)] + 0.05 * np.eye(seen.sum())
-            value = correlation[np.ix_(~seen, seen)] @ np.linalg.solve(inner, rest[s, c, seen])
+            inner = correlation[np.ix_(seen, seen)] + _FILL_NOISE * np.eye(seen.sum())
+            value = correlation[np.ix_(~seen, seen)] @ np.linalg.solve(inner, residual[s, c, seen])
             filled[s, c, ~seen] = (mean + level[s])[c, ~seen] + spread[c, ~seen] * value
     return filled, correlation
 
@@ -180,13 +184,13 @@ def _covariance(surrogate: CurveSurrogate, a, b):
 
 def _factor(surrogate: CurveSurrogate, observed: Observed):
     """The Cholesky factor of the covariance of the observed outcomes, and their whitened residual."""
-    entries = observed.candidate, observed.fidelity
+    points = observed.candidate, observed.fidelity
     both = observed.mask[:, None] * observed.mask[None]
-    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[entries] ** 2
+    noise = jnp.exp(surrogate.noise.log_scales[4]) * surrogate.spread[points] ** 2
     diagonal = jnp.where(observed.mask > 0, noise + _JITTER, 1.0)
-    chol = jnp.linalg.cholesky(_covariance(surrogate, entries, entries) * both + jnp.diag(diagonal))
-    rest = jnp.where(observed.mask > 0, observed.y - surrogate.mean[entries], 0.0)
-    return chol, jax.scipy.linalg.solve_triangular(chol, rest, lower=True)
+    chol = jnp.linalg.cholesky(_covariance(surrogate, points, points) * both + jnp.diag(diagonal))
+    residual = jnp.where(observed.mask > 0, observed.y - surrogate.mean[points], 0.0)
+    return chol, jax.scipy.linalg.solve_triangular(chol, residual, lower=True)
 
 
 def curve_posterior(
@@ -204,7 +208,7 @@ def curve_posterior(
       [P] means and [P] standard deviations of the outcome that would be observed, noise included.
     """
     queries = candidate, fidelity
-    chol, white = _factor(surrogate, observed)
+    chol, whitened = _factor(surrogate, observed)
     cross = _covariance(surrogate, queries, (observed.candidate, observed.fidelity)) * observed.mask[None]
     solved = jax.scipy.linalg.solve_triangular(chol, cross.T, lower=True)  # [N, P]
     alpha, beta, gamma, delta, sigma = jnp.exp(surrogate.noise.log_scales)
@@ -212,7 +216,7 @@ def curve_posterior(
     prior = alpha * (surrogate.deviations[:, candidate, fidelity] ** 2).mean(0)
     prior += (beta + gamma + delta) * spread * jnp.diag(surrogate.correlation)[fidelity]
     variance = prior - (solved**2).sum(0) + sigma * spread
-    return surrogate.mean[queries] + solved.T @ white, jnp.sqrt(jnp.maximum(variance, 1e-12))
+    return surrogate.mean[queries] + solved.T @ whitened, jnp.sqrt(jnp.maximum(variance, 1e-12))
 
 
 def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, observed: Observed) -> jax.Array:
@@ -227,9 +231,9 @@ def curve_loss(noise: CurveNoise, surrogate: CurveSurrogate, task: jax.Array, ob
     Returns:
       []; it includes a weak prior on `noise`.
     """
-    left = leave_out(surrogate._replace(noise=noise), task)
-    chol, white = _factor(left, observed)
-    nll = (white @ white) / 2 + (jnp.log(jnp.diag(chol)) * observed.mask).sum()
+    without_task = leave_out(surrogate._replace(noise=noise), task)
+    chol, whitened = _factor(without_task, observed)
+    nll = (whitened @ whitened) / 2 + (jnp.log(jnp.diag(chol)) * observed.mask).sum()
     prior = ((noise.log_lengths + 0.5) ** 2).sum() / 2 + ((noise.log_scales + 2) ** 2).sum() / 16
     return (nll + 0.1 * prior) / jnp.maximum(observed.mask.sum(), 1)  # `observed` may be empty
 
@@ -242,7 +246,8 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
       task: [] int, the index of the task.
 
     Returns:
-      A `CurveSurrogate` in which the task's deviations are zero, and the others are scaled as those of S tasks.
+      A `CurveSurrogate` in which the task's deviations are zero. The others are multiplied by √(S/(S − 1)), because the
+        covariance divides by S, and only S − 1 tasks remain.
     """
     num, own = len(surrogate.deviations), surrogate.deviations[task]
     # The mean moves by -d/(S - 1), so the deviations of the other tasks move by d/(S - 1).
@@ -256,11 +261,11 @@ def leave_out(surrogate: CurveSurrogate, task: jax.Array) -> CurveSurrogate:
 
 
 def calibrate(surrogate: CurveSurrogate, key: jax.Array, *, num_candidates: int = 20, num_draws: int = 4):
-    """Standardized errors at the full budget on each left-out earlier task, by how much of a trial was observed.
+    """Standardized errors at the full budget on left-out earlier tasks, for each number of observed fidelities.
 
-    Filled-in values of a task are neither observed nor predicted here. A number of observed fidelities may have too few
-    errors: fewer than ten from trials with an outcome there and at the full budget. It then uses the errors of the next
-    smaller number.
+    Filled-in values of a task are neither observed nor predicted here. The errors for n observed fidelities come from
+    trials with an outcome at the n-th fidelity (if n > 0) and at the full budget. If there are fewer than ten, the
+    errors of the next smaller n are used.
 
     Args:
       surrogate: the model of the earlier tasks, with its noise learned.
@@ -293,17 +298,17 @@ def _errors(surrogate, task, key, num_candidates: int):
     chosen = order[jnp.argsort(~known[order, -1], stable=True)][:num_candidates]
     candidate, fidelity = jnp.repeat(chosen, num_fidelities), jnp.tile(jnp.arange(num_fidelities), num_candidates)
     last = jnp.full(num_candidates, num_fidelities - 1)
-    left = leave_out(surrogate, task)
+    without_task = leave_out(surrogate, task)
     curve = (surrogate.mean + surrogate.deviations[task])[candidate, fidelity]
 
-    def after(count):
+    def errors_after(count):
         observed = Observed(candidate, fidelity, curve, ((fidelity < count) & known[candidate, fidelity]) * 1.0)
-        mean, std = curve_posterior(left, observed, chosen, last)
+        mean, std = curve_posterior(without_task, observed, chosen, last)
         error = (surrogate.mean[chosen, last] + surrogate.deviations[task][chosen, last] - mean) / std
         reached = (count == 0) | known[chosen, jnp.maximum(count - 1, 0)]
         return jnp.where(known[chosen, last] & reached, error, jnp.nan)
 
-    return jax.lax.map(after, jnp.arange(1 + num_fidelities))
+    return jax.lax.map(errors_after, jnp.arange(1 + num_fidelities))
 
 
 def curve_improvement(mean: jax.Array, std: jax.Array, errors: jax.Array, best: jax.Array) -> jax.Array:

@@ -11,18 +11,19 @@ _EVERY = 1.0  # seconds between two looks at the number of workers
 
 @contextlib.contextmanager
 def repaired(backend: Any, deadline: float) -> Iterator[None]:
-    """Repairs joblib's backend for Dask, as long as this is open. Other backends stay as they are.
+    """Repairs joblib's backend for Dask while this context is open. Other backends stay as they are.
 
-    joblib calls its backend from several threads, and waits until the backend calls it back with a result. With Dask it
-    would wait for ever in these cases. Here the call of joblib raises an error instead:
+    joblib calls its backend from several threads, and waits until the backend calls it back with a result. With Dask,
+    joblib would wait forever in the following cases. Within this context, its call raises an error instead:
 
     - Dask gives up a trial.
     - The trial or its arguments cannot be sent to a worker, or an error occurs in the thread of Dask's client.
-    - The cluster has no worker for `wait_for_workers_timeout` seconds, an argument of joblib's backend (by default 10),
-      or at the deadline. With 0 or None, joblib raises an error if there is no worker at the start, and later only
-      the deadline ends the wait.
+    - The cluster has had no worker for `wait_for_workers_timeout` seconds, or has none at the deadline. This timeout is
+      an argument of joblib's backend, by default 10. If it is 0 or None, joblib raises an error if the cluster starts
+      without a worker. Later, only the deadline ends the wait.
 
-    If one core of the cluster is left, joblib would run all trials in this process. Here it sees at least two.
+    If the cluster had only one core left, joblib would run all trials in this process. Therefore the repaired backend
+    reports at least two cores, if the cluster has any.
 
     Args:
       backend: a backend of joblib.
@@ -79,7 +80,10 @@ class _Replaced:
 
 
 def _reporting(send: Callable[..., Any], waiting: set[Callable[[Any], None]]) -> Callable[..., Any]:
-    """The method that sends a trial. `waiting` has joblib's callbacks of the trials that have not ended."""
+    """Wraps the method that sends a trial, so that errors of Dask's future reach joblib's callback.
+
+    `waiting` holds the callbacks of the trials that have not ended.
+    """
 
     def reporting(batch: Any, callback: Callable[[Any], None]) -> Any:
         def done(result: Any) -> None:
@@ -95,7 +99,10 @@ def _reporting(send: Callable[..., Any], waiting: set[Callable[[Any], None]]) ->
 
 
 def _checked(loop: Any, fail: Callable[[BaseException], None]) -> Callable[..., None]:
-    """`add_callback` of the loop of Dask's client, for coroutines whose errors would only be logged."""
+    """Wraps `add_callback` of the event loop of Dask's client, so that `fail` receives the errors of coroutines.
+
+    The loop itself only logs these errors.
+    """
 
     def add_callback(function: Callable[..., Any], *args: Any) -> None:
         async def checked() -> None:

@@ -1,7 +1,8 @@
 """Features of tasks that are given as labeled data: a table, or a pair of rows and labels.
 
-An earlier task is described by these features if `train_meta_optimizer(datasets=)` has its data, and a new task in
-`MetaOptimizer.predict(x, y)`. They need no scaling: features are ranked among those of earlier tasks (`rank_features`).
+They describe the earlier tasks whose data `train_meta_optimizer(datasets=)` gets, and the new task of
+`MetaOptimizer.predict(x, y)`. They need no scaling, because they are ranked among those of earlier tasks
+(`rank_features`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ import numpy as np
 
 from metaopt import tasks
 
-# Of `tasks.metafeatures`: size, balance of the classes, types of columns, correlation and information. A saved
-# optimizer has ranks of exactly these numbers in this order.
+# Names of `tasks.metafeatures`: size, balance of the classes, types of columns, correlation and information. A saved
+# optimizer has ranks of exactly these features in this order.
 TABLE_FEATURES = (
     "nr_inst",
     "nr_attr",
@@ -29,8 +30,8 @@ TABLE_FEATURES = (
     "mut_inf.mean",
 )
 _GROUPS = ("simple", "statistical", "information_theoretic")
-_NUM_CLASSES = 4  # into which a numeric target is cut
-_MOST_CLASSES = 20  # of floating-point numbers that are classes
+_NUM_CLASSES = 4  # the number of classes into which a numeric target is cut
+_MOST_CLASSES = 20  # the largest number of different floats that count as classes
 
 
 def is_dataset(task: Any) -> bool:
@@ -90,8 +91,7 @@ def features_of_datasets(datasets: Mapping[str, Any], features: Any = None) -> t
     """The kind of datasets, and task -> its features.
 
     Raises:
-      ValueError: if `features` are given too, if some datasets are tables and others images, or as for
-        `dataset_features`.
+      ValueError: if `features` are given too, or under the conditions of `dataset_features`.
     """
     if features is not None:
         raise ValueError("Give either `features`, or tables or images as `datasets`; both describe the tasks.")
@@ -105,8 +105,8 @@ def _numbers(x: Any) -> np.ndarray:
         return np.asarray(x, float)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"x must be numbers ({error}). Encode texts and dates by `tasks.fit_encoder`, and give a `tasks.Table`, "
-            "which states the columns of categories."
+            f"x must be numeric ({error}). Encode texts and dates with `tasks.fit_encoder`, and pass a `tasks.Table`, "
+            "which marks categorical columns."
         ) from error
 
 

@@ -109,20 +109,20 @@ def embed(deep: DeepKernel, x: jax.Array) -> jax.Array:
     return jnp.tanh(hidden @ deep.hidden + deep.hidden_bias[None])
 
 
-def covariance(deep: DeepKernel, at_x: jax.Array, at_z: jax.Array, same: jax.Array) -> jax.Array:
+def covariance(deep: DeepKernel, embedded_x: jax.Array, embedded_z: jax.Array, same: jax.Array) -> jax.Array:
     """k of one process between configurations whose φ is given.
 
     Args:
       deep: one process.
-      at_x: φ [P, H] of the first configurations.
-      at_z: φ [N, H] of the second configurations.
+      embedded_x: φ [P, H] of the first configurations.
+      embedded_z: φ [N, H] of the second configurations.
       same: [P, N] bool, whether two configurations are the same.
 
     Returns:
       [P, N].
     """
     inverse = jnp.exp(-deep.log_lengths)[None]
-    a, b = at_x * inverse, at_z * inverse
+    a, b = embedded_x * inverse, embedded_z * inverse
     distance = jnp.maximum((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0)
     smooth = 0.99 * jax.nn.sigmoid(deep.logit_smooth)
     return jnp.exp(deep.log_amplitude) * (smooth * jnp.exp(-distance / 2) + (1 - smooth) * same)
@@ -143,9 +143,9 @@ def condition_deep(
       A `Processes` with K = 1.
     """
     x, y, mask = trials
-    at_x = embed(deep, x)
-    k = covariance(deep, at_x, at_x, _processes.same_configuration(x, x))
-    return _processes.condition((at_x @ deep.mean)[:, None], k, log_scales[None], (y, mask), own_scale=own_scale)
+    embedded_x = embed(deep, x)
+    k = covariance(deep, embedded_x, embedded_x, _processes.same_configuration(x, x))
+    return _processes.condition((embedded_x @ deep.mean)[:, None], k, log_scales[None], (y, mask), own_scale=own_scale)
 
 
 def deep_kernel_loss(
@@ -181,7 +181,8 @@ def adapt_deep_kernel(
       deep: one process, at the task's features.
       log_scales: [B] logarithms of b, all equally likely.
       trials: (x [N, D], y [N], mask [N]), in the task's units, in chronological order. A single trial is not
-        informative and changes nothing. If there are more than 128, the steps use the best half and the latest others.
+        informative and changes nothing. If there are more than 128, the steps use the 64 best trials and the 64 latest
+        others.
       num_steps: the number of steps; keep it small, since only this keeps the parameters near the meta-learned ones.
       rate: Adam's learning rate.
 
@@ -219,6 +220,7 @@ def best_and_latest(trials: tuple[jax.Array, jax.Array, jax.Array], num: int) ->
     if len(y) <= num:
         return trials
     best = jnp.argsort(jnp.where(mask > 0, y, jnp.inf))[: num // 2]
-    when = jnp.where(mask > 0, jnp.arange(len(y)), -1).at[best].set(-2)  # below padding: the best are already selected
+    # Padding has -1. The best trials have -2, because they are already selected.
+    when = jnp.where(mask > 0, jnp.arange(len(y)), -1).at[best].set(-2)
     keep = jnp.concatenate([best, jax.lax.top_k(when, num - num // 2)[1]])
     return x[keep], y[keep], mask[keep]

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from metaopt import base, spaces
 from metaopt.blackbox._encoding import encode_fn, encoder
 
-NUM_RANDOM = 256  # random configurations, from the best of which ascents start
+NUM_RANDOM = 256  # number of random configurations; ascents start from the best of them
 _NUM_RESTARTS, _NUM_ASCENTS = 8, 20
 
 
@@ -79,12 +79,13 @@ def to_configuration(domain: Domain, z: jax.Array) -> dict[str, Any]:
 def maximize(domain: Domain, key: jax.Array, score: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Finds a configuration of the space with a large score after rounding.
 
-    It chooses among the best of the default and random configurations, and the ends of ascents from them.
+    It scores the default and random configurations, and ascends the gradient from the best of them. It returns the best
+    of these starts and ends.
 
     Args:
       domain: its candidates are ignored.
-      key: the key for the random configurations. It uses `fold_in(key, i)` for i below `NUM_RANDOM`,
-        which is `split(key)[i]`.
+      key: the key for the random configurations. Their keys are `split(key, NUM_RANDOM)`, which equal `fold_in(key, i)`
+        for i below `NUM_RANDOM`. A caller can fold in larger numbers for other purposes.
       score: [P, D] encoded configurations -> [P]; differentiable.
 
     Returns:
@@ -104,8 +105,8 @@ def maximize(domain: Domain, key: jax.Array, score: Callable[[jax.Array], jax.Ar
         return (optax.apply_updates(z, updates), state), None
 
     (ascended, _), _ = jax.lax.scan(ascend, (top, optimizer.init(top)), length=_NUM_ASCENTS)
-    both = jnp.concatenate([top, jnp.asarray(ascended)])
-    return both[jnp.argmax(score(jax.vmap(rounded)(both)))]
+    points = jnp.concatenate([top, jnp.asarray(ascended)])
+    return points[jnp.argmax(score(jax.vmap(rounded)(points)))]
 
 
 def _encode_z(domain: Domain, z: jax.Array) -> jax.Array:
@@ -113,10 +114,10 @@ def _encode_z(domain: Domain, z: jax.Array) -> jax.Array:
 
 
 def _encode_rounded(domain: Domain, z: jax.Array) -> jax.Array:
-    """The encoding of the configuration that `to_configuration` returns; a simplex keeps its weights."""
+    """The encoding of the configuration that `to_configuration` returns; a simplex is not rounded."""
 
-    def plain(leaf, x):
+    def discretize(leaf, x):
         return x if leaf.kind == "simplex" else jnp.asarray(leaf.discretize(x), z.dtype)
 
     constrained = spaces.to_constrained(domain.space, domain.unravel(z))
-    return domain.encode_relaxed(jax.tree.map(plain, domain.space, constrained))
+    return domain.encode_relaxed(jax.tree.map(discretize, domain.space, constrained))

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,28 +40,33 @@ def partial_fidelity(record: base.Record) -> float:
 
 def inferred_space(records: list[base.Record], candidates: Any) -> base.PyTree:
     """Infers the space of the records' configurations and the candidates; a warning states the space."""
-    # A table has few configuration dicts, and the records of all its tasks share them.
-    tried = list({id(record.configuration): record.configuration for record in records}.values())
-    every = [*tried, *(candidates or ())]
-    space = spaces.infer(every)
-    default, counts = spaces.configuration(space, spaces.default(space)), []
-    without_gaps = list(map(without_nan, every))
-    different = list({repr(sorted(c.items())): c for c in without_gaps}.values())
-    for name, leaf in space.items():
-        missing = sum(name not in c for c in without_gaps[: len(tried)])
-        nones = sum(stands_for_nothing(leaf, c, name) for c in tried)
-        if (missing or nones) and not leaf.condition:
-            none = f" ({nones} have None)" * bool(nones)
-            counts.append(f"`{name}` in {missing + nones}{none}, which then is at its default, {default[name]!r}")
-    gaps = f" Of {len(tried)} configurations some lack {'; '.join(counts)}." * bool(counts)
-    gaps += "".join(_evidence(name, leaf, different) for name, leaf in space.items() if leaf.condition)
+    # The records of a table's tasks share a few configuration dicts. We process each dict only once.
+    record_configurations = list({id(record.configuration): record.configuration for record in records}.values())
+    all_configurations = [*record_configurations, *(candidates or ())]
+    space = spaces.infer(all_configurations)
+    distinct = {repr(sorted(c.items())): c for c in map(without_nan, all_configurations)}
     text = ",\n  ".join(f"{name!r}: {_as_code(leaf)}" for name, leaf in space.items())
+    evidence = "".join(_evidence(name, leaf, list(distinct.values())) for name, leaf in space.items() if leaf.condition)
     warnings.warn(
         f"`space` is not given, so it was inferred from the records' configurations:\n  {text}.\nPass `space` with "
-        f"your own ranges, defaults and conditions.{gaps}",
+        f"your own ranges, defaults and conditions.{_gaps(space, record_configurations)}{evidence}",
         stacklevel=3,
     )
     return space
+
+
+def _gaps(space: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]]) -> str:
+    """States how many configurations lack a parameter that is always active, so that its default is used; or ""."""
+    default, counts = spaces.configuration(space, spaces.default(space)), []
+    for name, leaf in space.items():
+        nones = sum(stands_for_nothing(leaf, c, name) for c in configurations)
+        given = sum(name in c and c[name] == c[name] for c in configurations)  # NaN is a gap of a data frame
+        lacking = nones + len(configurations) - given
+        if lacking and not leaf.condition:
+            verb = "lacks" if lacking == 1 else "lack"
+            none = f"{nones} {'has' if nones == 1 else 'have'} None; " * bool(nones)
+            counts.append(f"{lacking} {verb} `{name}` ({none}its default {default[name]!r} is used)")
+    return f" Of {len(configurations)} configurations, {'; '.join(counts)}." * bool(counts)
 
 
 def without_nan(configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,8 +84,8 @@ def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> 
     ((parent, values),) = leaf.condition
     having = sum(parent in c and name in c and not stands_for_nothing(leaf, c, name) for c in different)
     return (
-        f" That `{name}` is active only where `{parent}` is {' or '.join(map(repr, values))} rests on {having} "
-        f"different configurations that have it, and {sum(parent in c for c in different) - having} that do not."
+        f" `{name}` was taken as active only if `{parent}` is {' or '.join(map(repr, values))}: {having} different "
+        f"configurations have both parameters, and {sum(parent in c for c in different) - having} have only `{parent}`."
     )
 
 
@@ -99,19 +104,20 @@ def _as_code(leaf: spaces.Leaf) -> str:
 
 def warn_of_foreign(space: base.PyTree, records: list[base.Record]) -> None:
     """Warns how many records have values that the space does not have."""
-    # A table has few configuration dicts, and the records of all its tasks share them.
+    # The records of a table's tasks share a few configuration dicts. We process each dict only once.
     shared = {id(record.configuration): record.configuration for record in records}
     foreign = {number: spaces.foreign(space, configuration) for number, configuration in shared.items()}
-    every = [foreign[id(record.configuration)] for record in records]
-    if num := sum(map(bool, every)):
-        counts = collections.Counter(name for values in every for name in values)
-        example = {name: next(values[name] for values in every if name in values) for name, _ in counts.most_common(3)}
+    foreign_values = [foreign[id(record.configuration)] for record in records]
+    if num := sum(map(bool, foreign_values)):
+        counts = collections.Counter(name for values in foreign_values for name in values)
+        names = [name for name, _ in counts.most_common(3)]
+        example = {name: next(values[name] for values in foreign_values if name in values) for name in names}
         examples = ", ".join(f"`{name}` in {counts[name]}, such as {value!r}" for name, value in example.items())
         warnings.warn(
-            f"{num} of {len(every)} records have values that the space does not have ({examples}). An unknown "
-            "label counts as no label, a number out of bounds as the bound, and a string or boolean instead of a "
-            "number as the default. If that is wrong, remove these records (`spaces.foreign` finds them), or widen "
-            "the space.",
+            f"{num} of {len(foreign_values)} records have values that the space does not have ({examples}). An "
+            "unknown label counts as equally near to all labels, a number outside the bounds as the nearest bound, and "
+            "a string or boolean instead of a number as the default. If that is wrong, remove these records "
+            "(`spaces.foreign` finds them), or widen the space.",
             stacklevel=3,
         )
 
@@ -141,11 +147,12 @@ def by_task(
             f'`{name}` must contain trials that are "COMPLETE" at fidelity 1, with an outcome; it has none '
             f"({summary or 'no record at all'})."
         )
-    if lost := [name for name in partial if name not in pairs_of]:
+    if tasks_without_outcome := [name for name in partial if name not in pairs_of]:
         warnings.warn(
-            f"{len(lost)} of {len({record.task for record in records})} tasks are ignored, {some(lost)}: they have no "
-            "outcome of a complete trial at fidelity 1, the full budget. Give your largest budget the fidelity 1, or "
-            "learn from whole curves (`train_curve_searcher`).",
+            f"{len(tasks_without_outcome)} of {len({record.task for record in records})} tasks are ignored, "
+            f"{first_names(tasks_without_outcome)}: they have no outcome of a complete trial at fidelity 1, the "
+            "full budget. Give your largest budget the fidelity 1, or learn from whole curves "
+            "(`train_curve_searcher`).",
             stacklevel=3,
         )
     # A failure and a success also count as different outcomes.
@@ -171,13 +178,15 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
     if features is None:
         return None
     if not any(name in features for name in names):
-        raise ValueError(f"`features` has none of the records' tasks, {some(names)}; its keys are {some(features)}.")
+        raise ValueError(
+            f"`features` has none of the records' tasks, {first_names(names)}; its keys are {first_names(features)}."
+        )
     lacking, others = [n for n in names if n not in features], [n for n in features if n not in names]
     if lacking and others:
         warnings.warn(
-            f"`features` lacks {len(lacking)} of {len(names)} tasks, {some(lacking)}, "
-            f"and has {len(others)} that are not in the records, {some(others)}. If these are the same tasks, use the "
-            "records' names; otherwise remove the features of unknown tasks.",
+            f"`features` lacks {len(lacking)} of {len(names)} tasks, {first_names(lacking)}, "
+            f"and has {len(others)} that are not in the records, {first_names(others)}. If these are the same tasks, "
+            "use the records' names; otherwise remove the features of unknown tasks.",
             stacklevel=3,
         )
     rows = {name: np.asarray(features[name], float).ravel() for name in names if name in features}
@@ -209,7 +218,7 @@ def _stacked(pairs_of) -> list[_surrogates.TaskTrials]:
     return [_surrogates.TaskTrials(np.stack(x), np.array(y)) for x, y in columns]
 
 
-def some(names) -> str:
+def first_names(names) -> str:
     """The first few names, to show a mismatch in a message."""
     names = list(names)
     return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"

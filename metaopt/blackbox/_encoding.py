@@ -30,9 +30,10 @@ def encoder(space: base.PyTree) -> Callable[..., np.ndarray]:
             vector = cache.get(name := (strict, repr(sorted(configuration.items(), key=lambda item: item[0]))))
         if vector is None:
             gaps = {k: math.nan for k, v in configuration.items() if isinstance(v, float) and v != v}
-            if any(configuration[key] is not math.nan for key in gaps):  # a NaN is found in the cache only by identity
+            if any(configuration[key] is not math.nan for key in gaps):  # NaN != NaN: the cache finds only this object
                 return encoded({**configuration, **gaps}, strict)
-            # Fill missing labels with the plain default first: a relaxed default lies between labels.
+            # Fill missing labels with the default label first, because the default of the relaxed space lies between
+            # labels.
             whole = spaces.complete(space, configuration, strict=strict)
             others = {} if strict else spaces.foreign(space, configuration)
             hyperparams = spaces.from_configuration(space, whole | others, strict=strict)

@@ -8,7 +8,7 @@ import jax
 from metaopt import base, spaces
 from metaopt.blackbox._random_search import seed_of, untried
 
-_OWN_SEEDS = 0x656E7175  # folded into the key of the searcher; the searcher itself folds in trial numbers
+_OWN_SEEDS = 0x656E7175  # folded into the searcher's key; far above trial numbers, which the searcher folds in
 
 
 class EnqueuedState(NamedTuple):
@@ -41,11 +41,12 @@ def enqueue(
     """Tries your configurations before those of a searcher, at the full budget. The searcher receives their records.
 
     The argument `first=` of a searcher replaces the configurations that the searcher begins with. `enqueue` keeps them,
-    and works with every searcher. Before the searcher proposes more trials, it receives the records of enqueued trials
-    like those of another search, with negative trial numbers. So a batch of enqueued configurations is not filled up
-    with trials of the searcher. And if one of the searcher's first configurations was enqueued, the searcher does not
-    try it again. Wrap `enqueue` around `blackbox.asha`, not the other way round. Inside `blackbox.asha`, enqueued
-    configurations begin at a low fidelity and do not count as tried.
+    and works with every searcher. The searcher receives the records of enqueued trials before it proposes more trials.
+    Therefore a batch of enqueued configurations has no trials of the searcher, and may be smaller than requested. To
+    the searcher, these records are those of another search: their trial numbers are negative. If one of the searcher's
+    first configurations was enqueued, the searcher does not try it again. Wrap `enqueue` around `blackbox.asha`, not
+    the other way round. Inside `blackbox.asha`, enqueued configurations begin at a low fidelity and do not count as
+    tried.
 
     To continue a collection, pass the same enqueued configurations again. To add configurations in the middle of a
     collection, place them `after` its existing trials. The searcher receives the same key, so its earlier trials are
@@ -103,23 +104,24 @@ def enqueue(
 
     def ask_searcher(state, num):
         # Ask for as many trials as without a queue, because the searcher's answer may depend on the number.
-        others, inner = (state.held, state.searcher) if state.held else searcher.ask(state.searcher, num)
-        waiting = untried(state.waiting, others) if skip_if_exists else state.waiting
+        proposed, inner = (state.held, state.searcher) if state.held else searcher.ask(state.searcher, num)
+        waiting = untried(state.waiting, proposed) if skip_if_exists else state.waiting
         asked, numbers, num_asked = [], dict(state.numbers), state.num_asked
-        for trial in others[:num]:
+        for trial in proposed[:num]:
             if trial.trial not in numbers:  # otherwise it was proposed at another fidelity before
                 if waiting and num_asked >= after:
                     break
                 numbers[trial.trial] = num_asked
                 num_asked += 1
             asked.append(trial._replace(trial=numbers[trial.trial]))
-        return asked, EnqueuedState(inner, state.key, waiting, numbers, num_asked, tuple(others[len(asked) :]))
+        return asked, EnqueuedState(inner, state.key, waiting, numbers, num_asked, tuple(proposed[len(asked) :]))
 
     def tell(state, records):
         of_searcher = {own: number for number, own in state.numbers.items()}
-        below = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # all different, even if `enqueue` is nested
-        heard = [record._replace(trial=of_searcher.get(record.trial, below(record.trial))) for record in records]
+        negative_number = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # all different, even if `enqueue` is nested
+        numbers = [of_searcher.get(record.trial, negative_number(record.trial)) for record in records]
+        renumbered = [record._replace(trial=number) for record, number in zip(records, numbers, strict=True)]
         waiting = untried(state.waiting, records) if skip_if_exists else state.waiting
-        return state._replace(searcher=searcher.tell(state.searcher, heard), waiting=waiting)
+        return state._replace(searcher=searcher.tell(state.searcher, renumbered), waiting=waiting)
 
     return base.Searcher(init, ask, tell)

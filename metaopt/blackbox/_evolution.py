@@ -31,13 +31,13 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
 
     The first `population_size` trials are random, and so are later trials while the population is empty. All others are
     children: `sample_size` members are drawn with replacement, and the child is a copy of the best of them with one
-    entry changed. The entry, among those that are not fixed, and its new value are drawn uniformly. Trials without a
-    finite outcome, and others' trials outside the space, do not enter the population.
+    entry changed. This entry is drawn uniformly among those that are not fixed, and so is its new value. Trials without
+    a finite outcome, and trials of other searches that lie outside the space, do not enter the population.
 
     Each fidelity has its own population, because losses at different fidelities are not comparable. Parents come from
-    the highest fidelity whose population has `sample_size` members (or `population_size`, if that is smaller). Until
-    one has, they come from the largest population. `asha` around this searcher therefore begins with children of
-    configurations that were good after a short training.
+    the highest fidelity whose population has `sample_size` members (or `population_size`, if that is smaller). While no
+    population has that many, parents come from the largest one. `asha` around this searcher therefore begins with
+    children of configurations that were good after a short training.
 
     Args:
       population_size: the largest number of members, at least 1.

@@ -69,7 +69,9 @@ def fit_transformers(
     num_members: int,
     budget: Budget,
 ) -> tuple[_transformer.Transformer, int]:
-    """Fits transformers on outcomes of some trials of a task, given zero, few or many others, more often good ones.
+    """Fits transformers to predict the outcomes of some trials of a task, given zero, few or many others.
+
+    Trials that are good on average over tasks of other families are given more often.
 
     Args:
       key: consumed.
@@ -99,8 +101,8 @@ def fit_transformers(
 def sample_shown(usable, trials, surrogate, family, num_shown: int) -> Callable[[jax.Array], Any]:
     """Returns `sample_tasks` for `fit`: shown trials, trials to predict, and features.
 
-    The choice of shown trials may depend on the expectation from other families, but not on the task's own outcomes,
-    which are the targets.
+    The choice of shown trials depends on the mean outcomes on tasks of other families. It must not depend on the task's
+    own outcomes, which are the targets.
     """
     features = np.asarray(surrogate.features)
     outcomes = [_surrogates.normalize(trials[s].y)[0] for s in usable]

@@ -48,10 +48,10 @@ def _kernel_learner(shapes) -> training.Learner:
 
 
 def at_least_smooth(kernel: Any) -> Any:
-    """Bounds the part of a kernel's outcome that is specific to each configuration.
+    """Bounds the share of the outcome that is specific to each configuration, 1 − smooth in the kernel.
 
-    Such a deviation is learnable only in a finite set. In a continuous space every new point would promise one, even a
-    point next to the best one.
+    A deviation of a single configuration can be learned only in a finite set. In a continuous space, every new point
+    could have a large one, so that every new point would look promising, even one next to the best point.
 
     Args:
       kernel: a `Kernel` or a `DeepKernel`.
@@ -75,7 +75,7 @@ def reference_configurations(
 def fit_attention(
     key: jax.Array, surrogate: _surrogates.Surrogate, family: Sequence[Any], num_members: int, budget: Budget
 ) -> _surrogates.Surrogate:
-    """Fits an ensemble of weights of tasks, whose members each weigh the families with their own random weights.
+    """Fits an ensemble that weights the tasks. In its loss, each member weights the families at random (bootstrap).
 
     Args:
       key: consumed.
@@ -129,7 +129,7 @@ def fit_embedding(
 ) -> _surrogates.Surrogate:
     """Fits the embedding of rows jointly with the weights of tasks.
 
-    Each step sees a subset of tasks. For each of them, its family is left out of this subset.
+    Each step sees a subset of tasks. The loss of a task uses only the tasks of other families in this subset.
 
     Args:
       key: consumed.
@@ -186,7 +186,7 @@ def _embedding_learner(shapes) -> training.Learner:
 
 
 def embedding_loss(hyperparams, batch) -> jax.Array:
-    """The loss of the weights of tasks whose features are their own and, next to them, the embedding of their rows.
+    """The `attention_loss`, where a task's features are its given ones, followed by the embedding of its rows.
 
     Args:
       hyperparams: (parameters of the attention, parameters of the embedding).

@@ -69,9 +69,9 @@ def fit(
 
 @contextlib.contextmanager
 def _without_the_share() -> Iterator[None]:
-    """Drops a warning of `training.fit` on the share of similar tasks, which is not a hyperparameter of the caller.
+    """Suppresses the warning of `training.fit` that `logit_share` did not move; callers do not know this parameter.
 
-    For example, with two families a task gets all its weight from the other one, so the share does not move.
+    For example, it does not move with two tasks: all weight then goes to the other task, whatever the share is.
     """
     logger = logging.getLogger("metaopt.training._advice")
     keep = lambda record: "initial values: logit_share." not in record.getMessage()

@@ -66,8 +66,8 @@ def records_from_frame(frame: "pandas.DataFrame") -> list[Record]:
 
     Raises:
       TypeError: if a required column is missing.
-      ValueError: if a task or reason is not text, or a configuration, or the outcomes, are neither a dict nor JSON of
-        a dict. The message has the row number, from 0.
+      ValueError: if a task or reason is not text, or if a configuration or outcomes are neither a dict nor JSON of a
+        dict. The message has the row number, from 0.
     """
     frame = as_pandas(frame)
     columns = [name for name in Record._fields if name in frame.columns]

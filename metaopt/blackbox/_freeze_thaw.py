@@ -101,10 +101,10 @@ def train_curve_searcher(
     curve, so it is not used, neither on earlier tasks nor on the new one. Outcomes of this trial at lower fidelities
     count, and it is not continued.
 
-    With more than 1,024 outcomes on a new task, the searcher reads the latest outcome of each candidate. If there are
-    more candidates than that, it reads those with the best and the latest outcomes. The remaining places go to the
-    latest other outcomes. A decision takes time O(1024² (1024 + M)) and memory O(1024 (1024 + M)) at most, for M
-    candidates.
+    The searcher reads at most 1,024 outcomes of a new task. If there are more, it reads the latest outcome of each
+    candidate, and then the latest of the other outcomes. If more than 1,024 candidates have outcomes, it reads the
+    latest outcome only of the candidates for which this outcome is among the best or the latest. A decision takes time
+    O(1024² (1024 + M)) and memory O(1024 (1024 + M)) at most, for M candidates.
 
     Args:
       records: trials of at least three earlier tasks at several fidelities, including the full budget. Outcomes of all

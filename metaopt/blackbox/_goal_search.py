@@ -39,7 +39,7 @@ class GoalSearch(NamedTuple):
 
 
 class GoalTrials(NamedTuple):
-    """The trials of a new task, for each outcome in units of its distance from the best one.
+    """The trials of a new task; each outcome is its distance from the smallest one of the same name.
 
     Attributes:
       ended: (x, y, mask) of each outcome; also of running trials, which count with their expected outcomes.
@@ -54,7 +54,7 @@ class GoalTrials(NamedTuple):
 
 def make_goal_search(goals: Goals, outcomes: tuple[Learned, ...]) -> GoalSearch:
     """Returns the `GoalSearch` of the models of all outcomes."""
-    models, domain = tuple(one.model for one in outcomes), outcomes[0].domain
+    models, domain = tuple(learned.model for learned in outcomes), outcomes[0].domain
     return GoalSearch(
         goals,
         outcomes,
@@ -104,7 +104,7 @@ def as_goal_outcomes(outcomes: Any, num: int, goals: Goals) -> np.ndarray:
       goals: the objectives and constraints.
 
     Raises:
-      ValueError: if the shape is another one, a dict lacks a name, or an outcome is not a number.
+      ValueError: if an array has another shape, a dict lacks a name, or an outcome is not a number.
     """
     rows = list(outcomes)
     for i, row in enumerate(rows):
@@ -143,29 +143,44 @@ def goal_trials(
     failed = np.isnan(outcomes).all(1)
     can_be_best = _feasible(outcomes, num, bounds) & ~given_up
 
-    trials, shifted, lows = [], [], []
+    trials, shifted, smallest = [], [], []
     for k, learned in enumerate(search.outcomes):
-        y, known = outcomes[:, k], np.isfinite(outcomes[:, k])
-        clipped, low = from_the_best(y, learned.model.widest)
-        # Neither the front nor a bound is clipped.
-        kept = [*(y[can_be_best] - low if k < num else ()), *([2 * (bounds[k - num] - low)] if k >= num else [])]
-        y = np.minimum(y - low, max(np.nanmax(clipped), *kept, 0.0))
-        read = known | failed
-        observed = padded(x[read], impute_failed(learned, tasks[k], x[read], y[read]))
-        if len(running):
-            at_running = padded(running_x, np.zeros(len(running)))[0]
-            expected = learned.programs.mean_after_trials(tasks[k], observed, at_running)
-            expected = np.asarray(expected)[: len(running)]
-            y_read = np.asarray(observed[1])[: read.sum()]
-            observed = padded(np.concatenate([x[read], running_x]), np.concatenate([y_read, expected]))
-            y = np.concatenate([y, expected])
+        bound = bounds[k - num] if k >= num else None
+        y, low = _clip(outcomes[:, k], learned.model.widest, can_be_best, bound)
+        is_used = np.isfinite(outcomes[:, k]) | failed
+        imputed = impute_failed(learned, tasks[k], x[is_used], y[is_used])
+        observed, expected = _with_expected(learned, tasks[k], x[is_used], imputed, running_x)
         trials.append(observed)
-        shifted.append(y)
-        lows.append(low)
-    shifted, bounds = np.stack(shifted, axis=1), bounds - lows[num:]
+        shifted.append(np.concatenate([y, expected]))
+        smallest.append(low)
+    shifted, bounds = np.stack(shifted, axis=1), bounds - smallest[num:]
     may_count = np.concatenate([~given_up, np.ones(len(running), bool)])
     front = _front(search, shifted, _feasible(shifted, num, bounds) & may_count)
     return GoalTrials(tuple(trials), jnp.asarray(bounds, jnp.result_type(float)), front)
+
+
+def _clip(y: np.ndarray, widest: float, can_be_best: np.ndarray, bound: float | None) -> tuple[np.ndarray, float]:
+    """Returns [N] distances from the smallest outcome, clipped, and the smallest outcome; `bound` is of a constraint.
+
+    Clipping must change neither the front nor the side of a bound on which a trial lies. So the limit is at least the
+    largest objective of a trial that can be best, and twice the distance of a bound from the smallest outcome.
+    """
+    clipped, smallest = from_the_best(y, widest)
+    distances = y - smallest
+    keep_up_to = distances[can_be_best].max(initial=0.0) if bound is None else 2 * (bound - smallest)
+    return np.minimum(distances, max(np.nanmax(clipped), keep_up_to, 0.0)), smallest
+
+
+def _with_expected(
+    learned: Learned, task: NewTask, x: np.ndarray, y: np.ndarray, running_x: np.ndarray
+) -> tuple[Trials, np.ndarray]:
+    """Returns the ended and the running trials, padded, and the expected outcomes [R] that the running ones get."""
+    num, ended = len(running_x), padded(x, y)
+    if not num:
+        return ended, np.zeros(0)
+    expected = learned.programs.mean_after_trials(task, ended, padded(running_x, np.zeros(num))[0])
+    expected = np.asarray(expected)[:num]
+    return padded(np.concatenate([x, running_x]), np.concatenate([y, expected])), expected
 
 
 def _feasible(outcomes: np.ndarray, num_objectives: int, bounds: np.ndarray) -> np.ndarray:
@@ -177,10 +192,10 @@ def _rows(ended: EndedTrials, num_objectives: int, bounds: np.ndarray) -> np.nda
     y = ended.outcomes
     if len(y) <= MAX_TRIALS:
         return np.arange(len(y))
-    place = np.where(np.isnan(y).all(1), np.nan, float(len(y)))
+    position = np.where(np.isnan(y).all(1), np.nan, float(len(y)))
     order = best_first(y[:, :num_objectives], y[:, num_objectives:] - bounds)
-    place[order] = np.arange(len(order))
-    return best_and_latest(place, MAX_TRIALS)
+    position[order] = np.arange(len(order))
+    return best_and_latest(position, MAX_TRIALS)
 
 
 def _front(search: GoalSearch, outcomes: np.ndarray, can_be_best: np.ndarray) -> Front | None:
@@ -188,10 +203,10 @@ def _front(search: GoalSearch, outcomes: np.ndarray, can_be_best: np.ndarray) ->
     if not can_be_best.any():
         return None
     num = len(search.outcomes) - len(search.goals.constraints)
-    every = outcomes[can_be_best, :num]
-    front = every[spread(_pareto.pareto_front(every), every)][: max_points(num)]
+    objectives = outcomes[can_be_best, :num]
+    front = objectives[spread(_pareto.pareto_front(objectives), objectives)][: max_points(num)]
     scales = np.array([learned.model.typical_scale for learned in search.outcomes[:num]])
-    reference = reference_point(front, every, scales)
+    reference = reference_point(front, objectives, scales)
     size = 16
     while size < len(front):
         size *= 4

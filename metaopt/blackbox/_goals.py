@@ -1,4 +1,4 @@
-"""What a search with several outcomes looks for: the outcomes that it minimizes, and the bounds of others."""
+"""The goals of a search with several outcomes: the outcomes that it minimizes, and the bounds of others."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -129,7 +129,7 @@ def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
       excess: [N, C], at most 0 if a constraint holds; NaN if unknown.
 
     Returns:
-      [N], NaN for trials with an unknown number.
+      [N], NaN for trials with an unknown objective or excess.
 
     Source: Deb et al., NSGA-II, IEEE Transactions on Evolutionary Computation 6(2), 2002
     """
@@ -154,17 +154,18 @@ def ranks(objectives: np.ndarray, excess: np.ndarray) -> np.ndarray:
 
 
 def best_first(objectives: np.ndarray, excess: np.ndarray) -> list[int]:
-    """Orders trials from the best to the worst: by `ranks`, and those of equal rank so that the first few spread.
+    """Orders trials from the best to the worst: by `ranks`, and within a rank so that the first few are spread out.
 
     Among trials of equal rank, the first one has the smallest first objective. Each next one has the largest distance
-    from the nearest of those before it. Distances are between the places of trials in the orders of the objectives.
+    from the nearest of those before it. The distance of two trials is a sum over objectives: the difference of their
+    positions if trials are sorted by this objective.
 
     Args:
       objectives: [N, M], as for `ranks`.
       excess: [N, C].
 
     Returns:
-      The indices of the trials whose numbers are known.
+      The indices of the trials whose objectives and excess are known.
 
     Source: Schmucker et al., Multi-objective asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639
     """
@@ -220,7 +221,8 @@ def best_records(
     records = list(records)
     if len(tasks := {record.task for record in records}) > 1:
         raise ValueError(
-            f"`records` must be of one task, since outcomes of several do not compare; got {sorted(tasks)}."
+            "`records` must all be of one task, because outcomes of different tasks are not comparable; got the tasks "
+            f"{sorted(tasks)}."
         )
     whole = [r for r in records if r.status == "COMPLETE" and _fidelities.is_full_budget(r.fidelity)]
     values, excess = values_of(whole, goals)

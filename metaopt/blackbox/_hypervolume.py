@@ -1,8 +1,9 @@
 """Expected improvement of the hypervolume of a front, in closed form for any number of independent objectives.
 
 The hypervolume that one more outcome y adds to a front is an integral over the region that the front does not dominate.
-Let a be a point in the first M − 1 objectives, and s(a) the smallest last objective of the points p of the front with
-p ≤ a in the others, or the reference's if there is none. Then
+Let r be the reference point: objectives above it do not count. Let a be a point in the space of the first M − 1
+objectives, and consider the points p of the front with p ≤ a in these objectives. Let s(a) be the smallest last
+objective of these p, or that of r without such a p. Then
 
     HVI(y) = ∫_{y ≤ a ≤ r} max(s(a) − y_M, 0) da.
 
@@ -88,10 +89,10 @@ def hypervolume_improvement(mixtures: Sequence[Mixture], front: Front) -> jax.Ar
 
 
 def reference_point(front: np.ndarray, others: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The largest objectives that count: the worst of a front, plus a tenth of the front's range.
+    """The reference point: the worst objectives of a front, plus a tenth of the front's range.
 
-    They are at least half of the largest distance from the front's best: that of all trials, or the typical one on
-    earlier tasks. Otherwise a search that begins with similar trials would stay near them.
+    It is at least the front's best objectives plus half of a range: that of all trials, or the typical one on earlier
+    tasks if that is larger. Otherwise a search that begins with similar trials would stay near them.
 
     Args:
       front: [n, M].

@@ -1,4 +1,4 @@
-"""Trains g and h on records of earlier trials: `train_meta_optimizer`, `train_meta_searcher`."""
+"""Trains g and h, predictors of hyperparameters and of architectures, on records of earlier trials."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,8 @@ from metaopt.blackbox._earlier_trials import (
     by_task,
     costs_by_task,
     features_by_task,
+    first_names,
     inferred_space,
-    some,
     stands_for_nothing,
     warn_of_foreign,
 )
@@ -92,9 +92,10 @@ def train_meta_optimizer(
     is farthest from all earlier trials. Both find configurations that the surrogate underrates. In a batch, and while
     other trials run, the score is the expected improvement that a trial adds to that of the running trials.
 
-    Records of unrelated tasks lose their weight after a few trials, except in the share of transformers. Outcomes of
-    earlier tasks are normalized separately for each task. The scale of a new task's outcomes is unknown. The model
-    weighs the scales of the earlier tasks and, in case the units differ, the scale that fits the new trials best.
+    After a few trials, the Gaussian processes give unrelated earlier tasks little weight. The share of transformers
+    does not change. Outcomes of earlier tasks are normalized separately for each task. The scale of a new task's
+    outcomes is unknown. The model weighs the scales of the earlier tasks and, in case the units differ, the scale that
+    fits the new trials best.
 
     A task whose trials all have the same outcome, such as a task with one trial, is skipped. It does not show which
     configuration is better. A failed trial of the new task is treated as censored: its expected outcome is at least as
@@ -117,14 +118,15 @@ def train_meta_optimizer(
         (`spaces.infer`). Ranges then go from the smallest to the largest value, choices have the observed values, and
         conditions follow from choices. A warning states the space, the missing values, and the number of
         configurations that support each condition.
-      features: task name -> [F] numbers, NaN if unknown (`transform` of `tasks.fit_scaling`). All features of a
-        task without an entry are unknown. A warning is given if some tasks lack entries and some entries match no task.
+      features: task name -> [F] numbers, NaN if unknown, for example by `tasks.fit_scaling(...).transform`. All
+        features of a task without an entry are unknown. A warning is given if some tasks lack entries and some entries
+        match no task.
       datasets: task name -> its labeled data, in place of `features`: a `tasks.Table`, or a pair (x, y) of rows [n, d]
         or images [n, height, width] or [n, height, width, channels], and n labels. A numeric target (floating-point,
         with fractions or more than 20 values) is cut into four classes. Thirteen meta-features describe a table (size,
         classes, correlation, information), and `tasks.image_features` describe images. The result then has
         `predict(x, y)`.
-        Or task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows (as in
+        Or: task name -> a dict like `train` of `tasks.to_task`. An embedding of the first 64 rows (as in
         `predictors.dataset_embedding`) is then trained jointly with the weights of tasks, and appended to the features.
         A new task must then have its `train`. Give a precomputed embedding as `features` instead.
       families: task name -> family. Tasks of one family (near-duplicates) are left out together while the weights of
@@ -147,10 +149,10 @@ def train_meta_optimizer(
       objectives: the names of outcomes to minimize together, if the records have `outcomes`. None minimizes the
         `outcome`, which is the first one. `searcher` and `suggest` then maximize the expected improvement of the
         hypervolume that the trials dominate. Each outcome has its own surrogate, and outcomes count as independent. The
-        hypervolume ends a tenth of the front's range above its worst values, or at half of the range of all trials or
-        of earlier tasks, if that is larger. The choice does not depend on the units of objectives. If an objective
-        varies over orders of magnitude, return its logarithm. `predict`, `portfolio` and `outcomes` use only the first
-        objective.
+        hypervolume ends a tenth of the front's range above the front's worst values. It ends at least half of a range
+        above the front's best values: the range of all trials, or the typical one of earlier tasks if that is larger.
+        The choice does not depend on the units of objectives. If an objective varies over orders of magnitude, return
+        its logarithm. `predict`, `portfolio` and `outcomes` use only the first objective.
       constraints: name -> the largest feasible value of another outcome. Scores are multiplied by the probability that
         the constraints hold. While no trial is feasible, this probability is the score.
       progress: as for `training.fit`, for each part.
@@ -167,8 +169,9 @@ def train_meta_optimizer(
       ValueError: if `candidates` is empty, or a candidate does not fit the space.
       ValueError: (by NumPy) if features have different lengths.
       ValueError: if `features` or `families` have none of the records' tasks.
-      ValueError: if `datasets` lacks a task of the records, or an entry of a task's rows; if its entries have different
-        forms; or if they are tables or images, and `features` are given too.
+      ValueError: if `datasets` lacks a task of the records; if its entries have different forms; or if they are tables
+        or images, and `features` are given too.
+      KeyError: if a dict of `datasets` lacks an array of a task's rows.
       ValueError: if `costs` is True and no task has records of different costs.
       ValueError: if a complete trial lacks one of the `objectives` or `constraints`, or they are given with
         `transformers`.
@@ -226,7 +229,9 @@ def train_meta_optimizer(
     encode = encoder(space)
     names, trials = by_task(records, encode)
     if families is not None and not any(name in families for name in names):
-        raise ValueError(f"`families` has none of the records' tasks, {some(names)}; its keys are {some(families)}.")
+        raise ValueError(
+            f"`families` has none of the records' tasks, {first_names(names)}; its keys are {first_names(families)}."
+        )
     family = [name if families is None else families.get(name, name) for name in names]
     reads = None
     if datasets is not None:
@@ -317,8 +322,8 @@ def train_meta_searcher(
         candidates = list({tuple(sorted(c.items(), key=lambda i: i[0])): c for c in whole}.values())
         if records and not candidates:
             raise ValueError(
-                "Each of the `records` has a value that the space does not have, so that none is a candidate; give "
-                f"`candidates`. The first one has {spaces.foreign(space, records[0].configuration)}."
+                "No record can be a candidate: each has a value that the space does not have. Pass `candidates`. The "
+                f"first record has {spaces.foreign(space, records[0].configuration)}."
             )
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
 
@@ -329,7 +334,8 @@ class _Setup(NamedTuple):
     Attributes:
       key: the key of the training.
       budget: number of steps of the kernel and of the weights of tasks.
-      smooth: whether kernels have little deviation specific to a configuration (`at_least_smooth`): in a whole space.
+      smooth: whether to bound the share of the outcome that is specific to a configuration (`at_least_smooth`). True
+        without candidates.
       max_reference: maximum number of reference configurations.
     """
 
@@ -361,19 +367,21 @@ def _surrogate_of(
 def _warn_of_little_evidence(g: MetaOptimizer) -> None:
     if g.evidence.weight < 0.5:
         _log.warning(
-            "g has learned from %d task%s with %d records, worth %.1f tasks on which every configuration was tried. "
-            "`predict` returns the default or a configuration near it: the records have a weight of %.2f "
-            "(`MetaOptimizer.evidence`).",
+            "The records have little weight in `predict` (%.2f): %d records of %d task%s count as %.1f tasks on which "
+            "every configuration was tried. `predict` returns the default or a configuration near it. See "
+            "`MetaOptimizer.evidence`.",
+            g.evidence.weight,
+            g.evidence.num_records,
             g.evidence.num_tasks,
             "" if g.evidence.num_tasks == 1 else "s",
-            *g.evidence[1:],
+            g.evidence.effective_tasks,
         )
 
 
 def _other_surrogate(
     setup: _Setup, number: int, outcome: str, records: list[base.Record], encode, features, families, num_members: int
 ) -> _surrogates.Surrogate:
-    """The surrogate of one more outcome, whose weights of tasks also depend on their features."""
+    """The surrogate of one more outcome. If there are features, its weights of tasks are fitted to them."""
     names, trials = by_task(records, encode, f"records` of the outcome `{outcome}")
     setup = setup._replace(key=jax.random.fold_in(setup.key, 6 + number))
     given_features = features_by_task(names, features)

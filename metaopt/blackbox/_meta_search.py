@@ -75,25 +75,26 @@ class SuggestFn(Protocol):
         pending: Sequence[Mapping[str, Any]] = (),
         key: jax.Array | None = None,
     ) -> list[dict[str, Any]]:
-        """Returns the next `num` configurations, given finished and running (`pending`) trials, without a fit.
+        """Returns the next `num` configurations, given finished and running (`pending`) trials.
 
-        The posterior is in closed form. An outcome of NaN means that the trial failed.
+        Nothing is trained: the posterior is in closed form. An outcome of NaN means that the trial failed.
 
-        As in the searcher, some suggestions ignore the acquisition function and costs once a trial has an outcome:
+        Once a trial has an outcome, some suggestions explore, as in the searcher: they ignore the acquisition function
+        and costs.
 
         - Without candidates, every fourth suggestion is random. It is made if the number of finished and running
           trials is 3, 7, 11 and so on. It depends only on `key` and on that number.
         - With candidates, every eighth suggestion (7, 15, 23 and so on) is the untried candidate that is farthest from
           all finished and running trials.
 
-        The searcher counts the trials that it has asked for instead.
+        The searcher instead counts the trials that it has proposed.
 
         Configurations are dicts or the rows of a data frame. A gap in a data frame is a missing value, or None if None
         is a label. Missing values are at their defaults. Names and values that the space does not have raise
         `ValueError`. Outcomes are [N] or [N, 1]. With `objectives` or `constraints` they are N dicts by name, or
         [N, M + C], objectives before constraints. There, a trial whose outcomes are all NaN has failed, and one NaN is
         an unknown outcome. With more than 256 trials, only the best, the latest failed and the latest trials are used.
-        The other trials are not checked if there is an outcome and no candidates."""
+        Without candidates, the configurations of the other trials are checked only if no trial has an outcome."""
         ...
 
 
@@ -113,7 +114,8 @@ class MakeSearcherFn(Protocol):
            default, as in other searchers, or nothing if candidates do not hold the default. A configuration of `first`
            is skipped if `tell` has received a full-budget record of it from another search.
         2. Until there is an outcome: the configuration of `predict`, then configurations that complement it. If trials
-           have failed, the best expected configuration given these failures. `first=()` starts here.
+           have failed, it is the configuration with the best expected outcome, given these failures. `first=()` starts
+           here.
         3. Maxima of the acquisition function. Without candidates every fourth trial is random. With candidates every
            eighth trial is the untried candidate that is farthest from all earlier trials."""
         ...
@@ -122,7 +124,7 @@ class MakeSearcherFn(Protocol):
 class MetaOptimizer(NamedTuple):
     """The result of `train_meta_optimizer` and `train_meta_searcher`.
 
-    `new_task` is one of these:
+    Below, g is this learned optimizer. `new_task` is one of these:
 
     - a `base.Task` with its `features`, and with its `train` rows if g reads rows. If the Task lacks the features that
       g reads, a warning says so;
@@ -266,12 +268,12 @@ def suggest(
     encode, space = learned.domain.encode, learned.domain.space
     configurations = as_configurations("configurations", configurations, space)
     pending = as_configurations("pending", pending, space)
-    several = None
+    all_outcomes = None
     if learned.goals is None:
         y = as_outcomes(outcomes, len(configurations))
     else:
-        several = as_goal_outcomes(outcomes, len(configurations), learned.goals.goals)
-        y = several[:, 0]
+        all_outcomes = as_goal_outcomes(outcomes, len(configurations), learned.goals.goals)
+        y = all_outcomes[:, 0]
     ended = EndedTrials(
         y,
         np.zeros(len(y), bool),
@@ -279,7 +281,7 @@ def suggest(
         # Encode on demand: only some trials are used, and all are needed only to find the untried candidates.
         lambda i: encode(configurations[i], True),
         lambda: {encode(configuration, True).tobytes() for configuration in configurations},
-        several,
+        all_outcomes,
     )
     task = new_task_of(learned.model.surrogate, new_task, learned.reads)
     search = make_search(learned, task, acquisition, new_task)

@@ -31,8 +31,8 @@ class MetaSearcherState(NamedTuple):
         number and seed are both 0. Another outcome of an unnumbered trial at the same fidelity is a repeat. Another
         outcome of a numbered trial at the same fidelity replaces the former one, and its repeat is 0.
       first: configurations to try before others.
-      repeats: for unnumbered trials, the number of outcomes of a configuration at a fidelity, and the repeat that
-        each outcome belongs to.
+      repeats: for unnumbered trials, (bytes of the encoded configuration, fidelity) -> its number of outcomes, and
+        (bytes, fidelity, outcome) -> the repeat of this outcome.
       others: with several outcomes, a state for each one but the first, of which only `tried` is used.
     """
 
@@ -49,8 +49,8 @@ def init(learned: Learned, first: tuple[dict[str, Any], ...], key: jax.Array, sp
     """Returns the state before the first trial; raises `ValueError` if `space` is not the learned optimizer's space."""
     if space is not None and space != learned.domain.space:
         raise ValueError(
-            "The searcher was trained for another space (other leaves, bounds or labels); give `init` that "
-            "one, which is the `space` of the `MetaOptimizer`, or None."
+            "`space` is not the space of this searcher (leaves, bounds or labels differ). Pass `MetaOptimizer.space`, "
+            "or None."
         )
     return MetaSearcherState(key, 0, {}, {}, first, {})
 
@@ -86,7 +86,7 @@ def _choose(learned: Learned, search: TaskSearch, key: jax.Array, state: MetaSea
 
 
 def tell(learned: Learned, state: MetaSearcherState, records: list[base.Record]) -> MetaSearcherState:
-    """Adds records of trials, whoever asked for them."""
+    """Adds records of trials, including those of trials that other searches proposed."""
     if learned.goals is None:
         return _tell_one(learned, state, records)
     goals = learned.goals.goals
@@ -101,7 +101,7 @@ def _with_outcome(record: base.Record, goals: Goals, name: str) -> base.Record:
     if record.status not in ("COMPLETE", "PRUNED"):
         return record
     outcomes = named_outcomes(record, goals.names)
-    if record.trial == record.seed == 0:  # repeats of a configuration are distinguished by all outcomes
+    if record.trial == record.seed == 0:  # all outcomes together distinguish the repeats of a configuration
         record = record._replace(seed=1 + zlib.crc32(repr(outcomes).encode()))
     return record._replace(outcome=outcomes[name])
 
@@ -112,7 +112,7 @@ def _tell_one(learned: Learned, state: MetaSearcherState, records: list[base.Rec
         if record.status == "WAITING":
             continue
         x = learned.domain.encode(record.configuration)
-        if record.status == "RUNNING":  # elsewhere
+        if record.status == "RUNNING":  # in another search or process
             pending[record.trial] = x
             continue
         if record.trial in pending and np.array_equal(pending[record.trial], x):  # not another search's trial
@@ -142,7 +142,7 @@ def _with_record(before: TriedConfiguration, record: base.Record, level: float, 
 
 
 def _repeat_of(repeats: dict[tuple, int], name: tuple[bytes, float], outcome: float) -> int:
-    """The index of the repeat of a configuration at a fidelity that an outcome belongs to.
+    """Returns the index of the repeat to which an outcome belongs; `name` is a configuration and its fidelity.
 
     A new finite outcome is added to `repeats`. A failure is not added, so that the next new outcome replaces it.
     """

@@ -13,7 +13,7 @@ from metaopt.blackbox._datasets import dataset_features, is_dataset, kind_of
 ROWS = ("x", "y", "mask", "feature_mask", "class_mask")  # the arrays of a labeled table that an embedding reads
 
 
-_A = {"table": "a table", "images": "images", None: "no tables or images"}  # kinds of data in messages
+_KIND_TEXT = {"table": "a table", "images": "images", None: "no tables or images"}  # kinds of data in messages
 
 
 class NewTask(NamedTuple):
@@ -33,8 +33,8 @@ class NewTask(NamedTuple):
 def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any, reads: str | None = None) -> NewTask:
     """Specializes a surrogate to a task, and warns if the task's features do not match those of the training.
 
-    Warnings point at the line that calls the public function: call this function directly from the public one, which
-    runs within `_meta_search.in_precision`.
+    Warnings point at the line that calls the public function. This requires that the public function runs within
+    `_meta_search.in_precision`, and calls this function directly.
 
     Args:
       surrogate: the model of the earlier tasks.
@@ -53,8 +53,8 @@ def new_task_of(surrogate: _surrogates.Surrogate, new_task: Any, reads: str | No
         new_task = dataset_features(new_task)
     elif is_dataset(new_task) and not isinstance(new_task, tasks.Table):
         raise ValueError(
-            f"The new task is {_A[kind_of(new_task)]} and its labels, but training had {_A[reads]}. Pass the data of "
-            "earlier tasks to `train_meta_optimizer(datasets=)`, as pairs (x, y) and not as dicts."
+            f"The new task is {_KIND_TEXT[kind_of(new_task)]} and its labels, but training had {_KIND_TEXT[reads]}. "
+            "Pass the data of earlier tasks to `train_meta_optimizer(datasets=)`, as pairs (x, y) and not as dicts."
         )
     features, stacklevel = features_of(new_task), 4
     num_features = len(surrogate.sorted_features)
@@ -101,8 +101,9 @@ def features_of(new_task: Any) -> np.ndarray | None:
         if isinstance(new_task, (tasks.Table, tasks.PreparedTable)):
             advice = (
                 " A table's features are `scaling.transform(tasks.metafeatures(table), clip=3.0)`, scaled "
-                "as those of earlier tasks (`tasks.fit_scaling`); where g reads rows, `tasks.to_task` makes a Task of "
-                "what `tasks.prepare` returns. With `train_meta_optimizer(datasets=)` of Tables, a Table is enough."
+                "as those of earlier tasks (`tasks.fit_scaling`). If g reads rows, pass a Task, "
+                "`tasks.to_task(tasks.prepare(table), ...)`. With `train_meta_optimizer(datasets=)` of Tables, a Table "
+                "is enough."
             )
         elif array.ndim > 1:  # also a frame of numbers
             advice = " If g was trained with `datasets` of tables or images, pass labels too: `g.predict(x, y)`."

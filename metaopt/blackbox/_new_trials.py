@@ -1,6 +1,5 @@
 """Converts the trials of a new task to the arrays that a surrogate reads: selected, on one scale, and padded."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ def as_configurations(name: str, value: Any, space: base.PyTree = None) -> Seque
       name: the argument's name, for error messages.
       value: the argument.
       space: the search space. If a choice has None as a label and is active, a gap (NaN, None, NA, NaT) of a data frame
-        is None.
+        means None.
 
     Returns:
       A sequence of dicts.
@@ -43,9 +42,15 @@ def as_configurations(name: str, value: Any, space: base.PyTree = None) -> Seque
 
 
 def _without_gaps(rows: list[dict[str, Any]], space: base.PyTree) -> list[dict[str, Any]]:
+    """Removes the gaps of rows, except those that mean None: of an active choice that has None as a label.
+
+    Whether a conditional choice is active depends on other values and their defaults, so we look it up in a completed
+    row. The returned row has only given values, because a caller may check them. So callers complete it again.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(space)
-    nones = [(path, leaf) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
-    conditional = {jax.tree_util.keystr(p, simple=True, separator=".") or "hyperparams": x.condition for p, x in nones}
+    leaves_with_none = [(path, leaf) for path, leaf in leaves if None in getattr(leaf, "labels", ())]
+    name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams"
+    conditional = {name_of(path): leaf.condition for path, leaf in leaves_with_none}
     leaf_name = lambda name: name if name in conditional else str(name).rpartition("[")[0]  # "w[0]" of leaf "w"
 
     def without_gaps(row):
@@ -85,8 +90,8 @@ class TriedConfiguration(NamedTuple):
 
     Attributes:
       x: [D] the encoded configuration.
-      outcomes: fidelity, rounded to six digits -> outcome, NaN if the trial failed. The outcome of a pruned trial is
-        the one that it had reached, under the fidelity that was asked for.
+      outcomes: fidelity, rounded to six digits -> outcome, NaN if the trial failed. A pruned trial has the outcome that
+        it had reached, stored under the requested fidelity.
       log_costs: fidelity -> logarithm of the cost of the full budget, estimated at this fidelity; NaN if unknown.
       log_cost: the first of them that is known, or NaN.
       given_up: whether the trial was pruned at its largest fidelity. It then counts as no better than the best trial
@@ -150,10 +155,11 @@ def rounded_fidelity(fidelity: float) -> float:
 def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
     """[N] comparable outcomes of trials at several fidelities; NaN if a trial has no outcome.
 
-    We take a trial's outcome at its largest fidelity. We shift it by the mean difference between this fidelity and a
-    larger one, over trials with outcomes at both. The larger one is the nearest of the next eight that shares trials
-    with it. The shift of the larger fidelity is added. If no trial has outcomes at both, we use the difference of the
-    means of this fidelity and the next larger one.
+    A trial counts with its outcome at its largest fidelity, plus the shift of this fidelity. The shift of the largest
+    fidelity of all trials is 0. The shift of each other fidelity is the mean difference to a larger fidelity, over
+    trials with outcomes at both, plus the shift of that fidelity. We take the nearest of the next eight larger
+    fidelities for which such trials exist. Without such a fidelity, we take the next larger one, and the difference of
+    the means of all outcomes at the two.
 
     At each fidelity, we compare only the latest `MAX_TRIALS` trials that ended there, and the latest `MAX_TRIALS` that
     went further. So the cost per fidelity does not grow with N.
@@ -162,38 +168,56 @@ def at_full_budget(tried: Sequence[TriedConfiguration]) -> np.ndarray:
     several = np.array([len(trial.outcomes) > 1 for trial in tried], bool)
     ended = np.argsort(reached, kind="stable")[: np.isfinite(reached).sum()]  # by fidelity, the latest last
     by_fidelity = np.split(ended, np.flatnonzero(np.diff(reached[ended])) + 1)[::-1]
-    fidelities, shifts, compared, further = [], [], [], ended[:0]
-
-    @functools.cache
-    def mean(level):
-        s = fidelities[level]
-        return float(np.nanmean([outcomes[s] for outcomes in compared[level] if s in outcomes]))
-
-    for level, rows in enumerate(by_fidelity if len(ended) else ()):
-        fidelities.append(s := float(reached[rows[0]]))
-        both = np.sort(np.concatenate([rows[-MAX_TRIALS:], further]))
+    fidelities, shifts, compared, went_further = [], [], [], ended[:0]
+    for rows in by_fidelity if len(ended) else ():
+        fidelities.append(fidelity := float(reached[rows[0]]))
+        both = np.sort(np.concatenate([rows[-MAX_TRIALS:], went_further]))
         # A trial that went further and has only one outcome has no outcome at this fidelity.
-        compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == s)].tolist()])
-        further = both[-MAX_TRIALS:]
-        for above in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
-            h = fidelities[above]
-            pairs = [outcomes[h] - outcomes[s] for outcomes in compared[above] if s in outcomes and h in outcomes]
-            pairs = [difference for difference in pairs if math.isfinite(difference)]
-            if pairs:
-                shifts.append(shifts[above] + float(np.mean(pairs)))
-                break
-        else:
-            shifts.append(shifts[-1] + mean(level - 1) - mean(level) if level else 0.0)
+        compared.append([tried[i].outcomes for i in both[several[both] | (reached[both] == fidelity)].tolist()])
+        went_further = both[-MAX_TRIALS:]
+        shifts.append(_shift(fidelities, compared, shifts))
         y[rows] += shifts[-1]
     return y
+
+
+def _shift(fidelities: list[float], compared: list[list[dict[float, float]]], shifts: list[float]) -> float:
+    """The shift of the smallest of L fidelities.
+
+    Args:
+      fidelities: [L], descending.
+      compared: for each fidelity, the outcomes by fidelity of the trials that are compared there.
+      shifts: [L - 1] the shifts of the larger fidelities.
+
+    Returns:
+      What to add to an outcome at the smallest fidelity, as `at_full_budget` describes it.
+    """
+    level = len(shifts)
+    if level == 0:
+        return 0.0
+    fidelity = fidelities[level]
+    for larger in range(level - 1, max(level - _NEAREST, 0) - 1, -1):  # the nearest first
+        larger_fidelity = fidelities[larger]
+        pairs = [
+            outcomes[larger_fidelity] - outcomes[fidelity]
+            for outcomes in compared[larger]
+            if fidelity in outcomes and larger_fidelity in outcomes
+        ]
+        pairs = [difference for difference in pairs if math.isfinite(difference)]
+        if pairs:
+            return shifts[larger] + float(np.mean(pairs))
+    larger_mean, mean = (
+        float(np.nanmean([outcomes[s] for outcomes in trials if s in outcomes]))
+        for s, trials in zip(fidelities[-2:], compared[-2:], strict=True)
+    )
+    return shifts[-1] + larger_mean - mean
 
 
 def from_the_best(y: np.ndarray, widest: float) -> tuple[np.ndarray, float]:
     """Returns [N] distances from the best outcome, clipped at `widest`, and the best outcome; one must be finite.
 
-    An offset of all outcomes has no meaning. Clipping keeps diverged trials from setting the scale. If half of the
-    outcomes are beyond `widest`, which earlier tasks set, the new task has other units. The limit is then four times
-    the median distance.
+    An offset of all outcomes has no meaning. Clipping keeps diverged trials from setting the scale. `widest` comes from
+    earlier tasks. If half of the distances exceed it, the new task has other units. The limit is then four times the
+    median distance.
     """
     seen = y[np.isfinite(y)]
     low = float(seen.min())

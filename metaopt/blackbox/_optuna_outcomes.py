@@ -42,9 +42,9 @@ def should_prune(
     Optuna's `trial.report` and `trial.should_prune` raise an error in a study of several objectives. This function
     stores the values in a user attribute of the trial, and compares them with those of all trials of the study at the
     same step. The trial should end if at least 1/η of these trials, and at least one, are on an earlier front. The
-    first front has the trials that no other one dominates, the second those that only the first dominates, and so on. A
-    trial on the first front is never pruned. Trials that are infeasible at this step are worse than all feasible ones,
-    by how much they exceed 0.
+    first front has the trials that no other one dominates. The second has those that only trials of the first front
+    dominate, and so on. A trial on the first front is never pruned. Trials that are infeasible at this step rank after
+    all feasible ones, in the order of how much their constraints exceed 0.
 
     It works with any sampler and storage of Optuna, in several threads or processes. The study's own pruner is not
     used, and the trial has no value in Optuna's plots of intermediate values.
@@ -61,8 +61,8 @@ def should_prune(
       Whether the objective should `raise optuna.TrialPruned()`.
 
     Raises:
-      ValueError: if `values` are not as many as the study's objectives, `step` is not an integer of at least 0, or
-        `reduction_factor` is below 2.
+      ValueError: if `values` does not have one value for each of the study's objectives, `step` is not an integer of at
+        least 0, or `reduction_factor` is below 2.
 
     Source: Schmucker et al., Multi-objective asynchronous successive halving, 2021, https://arxiv.org/abs/2106.12639
 
@@ -79,10 +79,10 @@ def should_prune(
         raise ValueError(f"`values` must be one number for each of {len(signs)} objectives; got {values!r}.")
     trial.set_user_attr(at_step(step), [float(value) for value in (*values, *constraints)])
     at_this_step = [other.user_attrs.get(at_step(step)) for other in trial.study.get_trials(deepcopy=False)]
-    mine = [*map(float, values), *map(float, constraints)]
-    others = [y for y in at_this_step if y is not None and len(y) == len(mine)]
-    every = np.array([mine, *others])
-    rank = ranks(every[:, : len(signs)] * signs, every[:, len(signs) :])
+    own_values = [*map(float, values), *map(float, constraints)]
+    others = [y for y in at_this_step if y is not None and len(y) == len(own_values)]
+    all_values = np.array([own_values, *others])
+    rank = ranks(all_values[:, : len(signs)] * signs, all_values[:, len(signs) :])
     if np.isnan(rank[0]):
         return True
     return int((rank[1:] < rank[0]).sum()) >= max(1, -(-len(others) // reduction_factor))
@@ -104,7 +104,7 @@ def as_told_outcomes(trial: Any, signs: Sequence[float], goals: Goals) -> list[b
     num = len(signs)
     record, levels = base.Record("", {}), []
 
-    def of(values, excess):
+    def to_record(values, excess):
         bounds = goals.constraints.values()
         first = [sign * float(value) for sign, value in zip(signs, values, strict=True)]
         outcomes = [*first, *(bound + value for bound, value in zip(bounds, excess, strict=True))]
@@ -113,7 +113,8 @@ def as_told_outcomes(trial: Any, signs: Sequence[float], goals: Goals) -> list[b
     unknown = [np.nan] * len(goals.constraints)
     for step, values in sorted(values_at_steps(trial).items()):
         excess = values[num:] if len(values) == num + len(unknown) else unknown
-        levels.append(of(values[:num], excess)._replace(fidelity=(step + 1) / 1e15))  # far below 1, to six digits
+        fidelity = (step + 1) / 1e15  # far below 1; six digits count
+        levels.append(to_record(values[:num], excess)._replace(fidelity=fidelity))
     if trial.state.name == "PRUNED" and levels:
         return [*levels[:-1], levels[-1]._replace(status="PRUNED")]
     if trial.state.name != "COMPLETE":
@@ -127,7 +128,7 @@ def as_told_outcomes(trial: Any, signs: Sequence[float], goals: Goals) -> list[b
             "as outcome minus bound, or use `trial.set_constraint` with these names."
         )
     order = goals.constraints if set(constraints) == set(goals.constraints) else numbers
-    return [*levels, of(trial.values, [constraints[name] for name in order])]
+    return [*levels, to_record(trial.values, [constraints[name] for name in order])]
 
 
 def signs_of(study: Any) -> list[float]:
@@ -154,7 +155,7 @@ def values_and_attributes(records: Sequence[base.Record], goals: Goals, step_of:
       step_of: fidelity -> step.
 
     Returns:
-      "values", "user_attrs", "system_attrs" and "intermediate_values". The values are finite if the trial is complete.
+      "values", "user_attrs", "system_attrs" and "intermediate_values". A value is NaN if the outcome is not known.
     """
     last = max(records, key=lambda record: record.fidelity)
     outcomes = [named_outcomes(record, goals.names) for record in records]

@@ -57,8 +57,9 @@ def tpe(
       num_random: number of random trials before the first model.
       objectives: the names of outcomes to minimize together, if the objective returns several. By default, the
         `outcome`, which is the first one. With several, "PRUNED" records and records at fidelities below 1 are ignored.
-      constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind feasible ones,
-        also behind those that count like pruned trials. A trial that does not know the outcome is infeasible.
+      constraints: name -> the largest feasible value of another outcome. Infeasible trials rank behind all feasible
+        ones, including feasible ones that count like pruned trials. A trial is also infeasible if this outcome is
+        unknown.
 
     Returns:
       A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
@@ -241,7 +242,18 @@ def _outcomes(goals: Goals, record: base.Record) -> tuple[list[float], list[floa
 
 
 def _ends(budgets: _Budgets, study: Any, trial: Any, record: base.Record, rung: int | None) -> bool:
-    """Reports the record of an own trial to Optuna. Returns False if the trial continues at the next fidelity."""
+    """Reports the record of a proposed trial to Optuna. Returns False if the trial continues at the next fidelity.
+
+    `rung` is the position of the record's fidelity, or None if it is another one. The cases, of which the first counts:
+
+    - the trial failed: it ends as failed;
+    - `rung` is None: it ends as pruned;
+    - it is complete below the last fidelity: Optuna's pruner decides whether it continues or ends as pruned;
+    - it was pruned by the objective: it ends as pruned, with its outcome as an intermediate value;
+    - it is complete at the last fidelity: it ends as complete.
+
+    In a study of several objectives, Optuna accepts no intermediate value.
+    """
     from optuna.trial import TrialState
 
     if record.status == "FAIL":
@@ -276,7 +288,7 @@ def _same(configuration, other) -> bool:
 
 
 def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
-    """Adds a trial that was not asked for: of another or an earlier search, or of this one at another fidelity."""
+    """Adds a trial that the searcher did not propose: of another search, or of this one at another fidelity."""
     import optuna
 
     (first, *others), excess = _outcomes(budgets.goals, record)

@@ -43,8 +43,8 @@ def to_optuna_study(
     The records of one trial (same number, seed and configuration) at several fidelities become its intermediate values.
     Their steps are thousandths of the full budget. If these do not separate all fidelities of each trial, the steps are
     ten thousandths and so on, down to billionths. Fidelities that differ by at most a millionth of the larger one count
-    as equal (float32 stores 1/3 with an error of 3e-8). A second record at the same fidelity becomes another trial, for
-    example one of another study.
+    as equal (float32 stores 1/3 with an error of 3e-8). A second record of a trial at the same fidelity becomes another
+    trial, because it may come from another study.
 
     Args:
       records: the records of one task.
@@ -76,31 +76,31 @@ def to_optuna_study(
     for i, record in enumerate(records):
         _checks.check_record(record, f"`records[{i}]`")
     if len(names := {record.task for record in records}) > 1:
-        raise ValueError(f"An Optuna study is of one task; got records of {sorted(names)}.")
+        raise ValueError(f"`records` must be of one task, because an Optuna study has one; got {sorted(names)}.")
     if directions := {"direction", "directions"} & set(kwargs):
-        raise ValueError(f"Outcomes are minimized, so that `{directions.pop()}` cannot be given.")
+        raise ValueError(f"`{directions.pop()}` is not allowed, because outcomes are always minimized.")
     distributions = spaces.to_optuna(space)
     levels = _levels(record.fidelity for record in records)
     trials = _by_trial(records, levels)
-    parts = _parts(trials)
+    num_steps = _num_steps(trials)
     goals = goals_of(records, objectives, constraints)
     if goals is not None and len(goals.objectives) > 1:
         kwargs["directions"] = ["minimize"] * len(goals.objectives)
     study = optuna.create_study(**kwargs)
     if goals is not None:
         _set_names(study, goals.objectives)
-    step_of = lambda fidelity: round(parts * float(fidelity))
-    for several in trials:
-        last = max(several, key=lambda record: record.fidelity)
+    step_of = lambda fidelity: round(num_steps * float(fidelity))
+    for trial_records in trials:
+        last = max(trial_records, key=lambda record: record.fidelity)
         state = optuna.trial.TrialState.PRUNED
         if last.status != "COMPLETE" or _fidelities.is_full_budget(last.fidelity):
             state = optuna.trial.TrialState[last.status]
         if goals is None:
-            complete = [record for record in several if record.outcome == record.outcome]
+            complete = [record for record in trial_records if record.outcome == record.outcome]
             steps = {step_of(record.fidelity): float(record.outcome) for record in complete}
             args: dict[str, Any] = {"values": [float(last.outcome)], "intermediate_values": steps, "user_attrs": {}}
         else:
-            args = values_and_attributes(several, goals, step_of)
+            args = values_and_attributes(trial_records, goals, step_of)
         if last.status == "COMPLETE" and any(map(math.isnan, args["values"])):
             state = optuna.trial.TrialState.FAIL  # Optuna does not allow a complete trial without a value
         args["values"] = args["values"] if state == optuna.trial.TrialState.COMPLETE else None
@@ -146,32 +146,31 @@ def _by_trial(records: Sequence[base.Record], levels: dict[float, float]) -> lis
     trials: dict[tuple, list[base.Record]] = {}
     counts = collections.Counter()
     for record in records:
-        what = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
-        name = record.trial, record.seed, tuple(what)
-        place = *name, levels[record.fidelity]
-        trials.setdefault((*name, counts[place]), []).append(record)
-        counts[place] += 1
+        items = sorted((name, type(value).__name__, repr(value)) for name, value in record.configuration.items())
+        name = record.trial, record.seed, tuple(items)
+        position = *name, levels[record.fidelity]
+        trials.setdefault((*name, counts[position]), []).append(record)
+        counts[position] += 1
     return list(trials.values())
 
 
-def _parts(trials: Sequence[Sequence[base.Record]]) -> int:
-    """Returns the number of steps of the full budget for which a trial's fidelities have different steps above 0."""
-    parts = 1000
+def _num_steps(trials: Sequence[Sequence[base.Record]]) -> int:
+    """Returns how many steps the full budget has, such that each trial's fidelities have different steps above 0."""
+    num_steps = 1000
     while True:
-        within = [(0.0, *sorted(float(record.fidelity) for record in several)) for several in trials]
-        near = [
-            (a, b) for steps in within for a, b in itertools.pairwise(steps) if round(parts * a) == round(parts * b)
-        ]
+        within = [(0.0, *sorted(float(record.fidelity) for record in trial_records)) for trial_records in trials]
+        pairs = [pair for steps in within for pair in itertools.pairwise(steps)]
+        near = [(a, b) for a, b in pairs if round(num_steps * a) == round(num_steps * b)]
         if not near:
-            return parts
-        if parts == _FINEST:
+            return num_steps
+        if num_steps == _FINEST:
             low, high = near[0]
-            what = f"the fidelities {low!r} and {high!r}, within" if low else f"the fidelity {high!r}, less than"
+            subject = f"the fidelities {low!r} and {high!r}, within" if low else f"the fidelity {high!r}, less than"
             raise ValueError(
-                f"A trial has {what} a billionth of the full budget. A study's steps are integers, and Optuna cannot "
-                "store such fine steps. Remove one of the records."
+                f"A trial has {subject} a billionth of the full budget. A study's steps are integers, and Optuna "
+                "cannot store such fine steps. Remove one of the records."
             )
-        parts *= 10
+        num_steps *= 10
 
 
 def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Record]:
@@ -189,13 +188,12 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
 
     Returns:
       A record for each trial. A pruned trial has its last intermediate value. Its fidelity is its last step divided by
-      the largest step of the study, both counted from 1. Optuna does not know the number of steps of a whole trial.
+      the largest step of the study, both counted from 1. Optuna does not know the number of steps of a whole trial. In
+      a study of several objectives, intermediate values are those that `should_prune` or `to_optuna_study` has stored.
 
       Records with number 0 and seed 0 count as trials without a number. For numbered trials in your own records, count
       from 1, or give seeds. Several records with number 0 and the same nonzero seed are corrections of one trial, not
       repetitions.
-
-      In a study of several objectives, these are the values that `should_prune` or `to_optuna_study` has stored.
     """
     sign = signs_of(study)[0]
     trials = study.get_trials()
@@ -211,9 +209,9 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
             fidelity = (max(reported) + first) / steps
         outcome = None if values is None else values[0]
         seconds = trial.duration.total_seconds() if trial.duration is not None else float("nan")
-        ours = {name: trial.user_attrs[OURS + name] for name in _KEPT if OURS + name in trial.user_attrs}
+        stored_fields = {name: trial.user_attrs[OURS + name] for name in _KEPT if OURS + name in trial.user_attrs}
         if task is not None:
-            ours["task"] = task
+            stored_fields["task"] = task
         record = base.Record(
             task=study.study_name,
             configuration=dict(trial.params),
@@ -224,7 +222,7 @@ def from_optuna_study(study: Any, *, task: str | None = None) -> list[base.Recor
             trial=trial.number,
             outcomes=outcomes_of(trial, study, values),
         )
-        record = record._replace(**ours)
+        record = record._replace(**stored_fields)
         records.append(record._replace(outcome=next(iter((record.outcomes or {"": record.outcome}).values()))))
     return records
 
@@ -247,8 +245,8 @@ def optuna_sampler(
     - The parameters of `meta_optimizer.space` are drawn together; those whose conditions do not hold are omitted. An
       objective requests them as in `spaces.to_optuna`, or all in one line: `spaces.suggest(trial, space)`. It may
       request another range, scale or other labels (for example because labels were added). It then gets the drawn value
-      if that value is allowed. Otherwise `independent_sampler` draws the value. It also draws parameters that the space
-      does not have.
+      if that value is allowed. Otherwise `independent_sampler` draws the value. This sampler also draws parameters that
+      the space does not have.
     - While trials are running, in any thread or process, a draw maximizes the expected improvement that it adds to
       theirs.
     - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
@@ -352,8 +350,8 @@ class _MetaSampler:
         signs = signs_of(study)
         if len(signs) != (num := max(len(self._goals.objectives), 1)):
             raise ValueError(
-                f"The study has {len(signs)} objectives, and the meta-optimizer {num}: train it with the names of as "
-                "many outcomes as `objectives`."
+                f"The study has {len(signs)} objectives, but the meta-optimizer was trained with {num}. Train it "
+                "with as many `objectives` as the study has."
             )
         # One read: between two reads, a trial that ends would be among neither the ended nor the running trials.
         # We read from the storage, because with Hyperband's pruner `study.get_trials` returns only one bracket.
@@ -403,7 +401,10 @@ class _MetaSampler:
 
 
 def _fitting(value: Any, distribution: Any) -> list[Any]:
-    """[the value as the distribution has it], or [] if it is not allowed. A float32 may lie next to a bound."""
+    """Returns a list of the value that a distribution has for `value`, or [] if it does not allow the value.
+
+    A float32 that rounding has moved past a bound, or off a step, is allowed.
+    """
     if hasattr(distribution, "choices"):
         return [choice for choice in distribution.choices if choice == value][:1]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -418,19 +419,19 @@ def _fitting(value: Any, distribution: Any) -> list[Any]:
 def _as_told(trial, signs: Sequence[float], drawn: dict[str, Any], goals: Goals) -> list[base.Record]:
     """Converts an Optuna trial to records for a searcher: its value, and its step values at fidelities below 1.
 
-    A failed trial may not have requested all drawn parameters yet, and an ended trial may never do so. Both count with
-    their drawn values. With only the requested parameters, it would be another configuration, and the same one would be
-    drawn again and again.
+    A trial may fail or end before it has requested all drawn parameters. It then counts with its drawn values. With
+    only the requested parameters, it would count as another configuration, and the drawn one would be drawn again and
+    again.
     """
     if not trial.params:
         return []  # it requested nothing, so its outcome says nothing about any configuration
     record = base.Record("", drawn | trial.params, seed=1, trial=trial.number)  # trial 0 counts as numbered
     if goals.objectives:
-        told = as_told_outcomes(trial, signs, goals)
-        return [one._replace(configuration=record.configuration, seed=1, trial=trial.number) for one in told]
+        converted = as_told_outcomes(trial, signs, goals)
+        return [told._replace(configuration=record.configuration, seed=1, trial=trial.number) for told in converted]
     (sign,) = signs
     records = [
-        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1, to six digits
+        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)  # far below 1; six digits count
         for step, value in sorted(trial.intermediate_values.items())
         if step >= 0 and math.isfinite(value)
     ]

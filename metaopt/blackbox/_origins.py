@@ -1,7 +1,8 @@
-"""What the outcomes in a store come from: the arrays of each task, and the source text of the objective.
+"""The origins of the outcomes in a store: the arrays of each task, and the source text of the objective.
 
-`collect` reads outcomes of earlier calls. If the data of a task have changed since, they are outcomes of other data. So
-the store keeps a digest of each task's arrays and of the source text, and `check_origins` compares them.
+`collect` reads outcomes of earlier calls. If the data of a task have changed since then, these outcomes do not belong
+to the new data. So the store keeps a digest of each task's arrays and of the source text, and `check_origins` compares
+these digests with those of the current call.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def _with_source(objective: Any) -> Any:
 
 
 def digest_of(task: Any) -> str | None:
-    """A digest of the arrays of a task, with their places in its pytree; None if it has none.
+    """A digest of the arrays of a task, with their places in its pytree; None for a task without arrays.
 
     Frames and series of pandas count as arrays. Numbers do not count, since they may be settings such as a number of
     threads. Other objects, such as a path or a loader, do not count either.
@@ -92,7 +93,7 @@ def _as_array(leaf: Any) -> np.ndarray | None:
         columns = [column for _, column in leaf.items()] if isinstance(leaf, pandas.DataFrame) else [leaf]
         for column in columns:
             if column.dtype == object and pandas.api.types.infer_dtype(column, skipna=True) not in _PLAIN:
-                return None  # the texts of other objects may have their addresses
+                return None  # pandas hashes the texts of other objects, which may contain addresses
         return pandas.util.hash_pandas_object(leaf, index=False).to_numpy()
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted() or not leaf.is_fully_addressable:

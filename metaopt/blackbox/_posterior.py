@@ -13,7 +13,8 @@ from metaopt.blackbox import _deep_kernel, _processes
 from metaopt.blackbox._surrogates import Surrogate, expected_outcomes, kernel_matrix
 
 _FACTORS = (-0.7, 0.0, 0.7)  # of scales, as logarithms
-# The prior probability that a task's outcomes have other units than earlier tasks, for informed and naive processes.
+# The prior probability that a task's outcomes have other units than those of earlier tasks. The first number is for the
+# process that earlier tasks inform, the second for the naive one, which does not use them.
 _OWN_UNITS, _OWN_UNITS_NAIVE = 0.1, 0.5
 
 
@@ -37,8 +38,8 @@ class Joint(NamedTuple):
     Attributes:
       log_weights: [K].
       mean: [P + Q, K].
-      scales: [K]; the variances and covariances of Gaussian k are scales[k]² times those of process kind[k].
-      kind: [K] the index of the process of each Gaussian; there are R processes: 2 and the deep kernels.
+      scales: [K]; the variances and covariances of Gaussian k are scales[k]² times those of process process_index[k].
+      process_index: [K] the index of the process of each Gaussian; there are R processes: 2 and the deep kernels.
       variance: [R, P + Q].
       covariance: [R, P + Q, Q], with the Q others.
     """
@@ -46,7 +47,7 @@ class Joint(NamedTuple):
     log_weights: jax.Array
     mean: jax.Array
     scales: jax.Array
-    kind: jax.Array
+    process_index: jax.Array
     variance: jax.Array
     covariance: jax.Array
 
@@ -56,14 +57,14 @@ class Conditioned(NamedTuple):
 
     Attributes:
       seen: [N, D] their encoded configurations.
-      at_seen: [N, 1 + S] k(seen, reference) @ coefficients.
+      functions_seen: [N, 1 + S] k(seen, reference) @ coefficients.
       processes: the process that earlier tasks inform, and the one that does not use them, each given the trials.
       log_weights: [4 S + 6 + 6 E] of all Gaussians.
       deep: the E deep kernels, adapted, or None.
     """
 
     seen: jax.Array
-    at_seen: jax.Array
+    functions_seen: jax.Array
     processes: tuple[_processes.Processes, _processes.Processes]
     log_weights: jax.Array
     deep: "Adapted | None" = None
@@ -75,12 +76,12 @@ class Adapted(NamedTuple):
     Attributes:
       members: their parameters.
       processes: given the trials; leaves [E, ...].
-      at_seen: [E, N, H] φ of the trials.
+      embedded_seen: [E, N, H] φ of the trials.
     """
 
     members: _deep_kernel.DeepKernel
     processes: _processes.Processes
-    at_seen: jax.Array
+    embedded_seen: jax.Array
 
 
 def condition(
@@ -102,9 +103,9 @@ def condition(
       A `Conditioned`, for `posterior_at` and `joint_posterior_at`; it takes memory O(N (N + S + M)).
     """
     seen, y, mask = trials
-    at_seen = functions_at(surrogate, seen)
-    within = kernel_matrix(surrogate.kernel, seen, seen)
-    processes, log_weights = _condition(surrogate, weights, (at_seen, y, mask), within)
+    functions_seen = functions_at(surrogate, seen)
+    k_seen = kernel_matrix(surrogate.kernel, seen, seen)
+    processes, log_weights = _condition(surrogate, weights, (functions_seen, y, mask), k_seen)
     deep = None
     if surrogate.deep is not None:
         log_scales = _typical_scales(surrogate)
@@ -121,7 +122,7 @@ def condition(
         deep = jax.vmap(of_member)(surrogate.deep)
         prior = _log(weights[len(surrogate.curves) :])
         log_weights = (*log_weights, jax.vmap(_weigh)(deep.processes, prior).ravel())
-    return Conditioned(seen, at_seen, processes, jax.nn.log_softmax(jnp.concatenate(log_weights)), deep)
+    return Conditioned(seen, functions_seen, processes, jax.nn.log_softmax(jnp.concatenate(log_weights)), deep)
 
 
 def functions_at(surrogate: Surrogate, x: jax.Array) -> jax.Array:
@@ -160,10 +161,9 @@ def expected_after_failures(
 ) -> jax.Array:
     """The expected outcomes at x on a task on which all trials so far failed.
 
-    Without an outcome the offset is unknown, but it is not needed. In normalized units a failed trial counts as 1,
-    which is as bad as the worst configuration, or as its expected outcome if that is worse. A failure changes the
-    prediction for similar configurations. Unlike an outcome, it does not change which earlier tasks the new one
-    resembles. With m = Σ_s w_s f_s,
+    Without an outcome the offset is unknown, but it is not needed. A failed trial counts as 1, the worst normalized
+    outcome, or as its expected outcome if that is worse. A failure changes the prediction for similar configurations.
+    Unlike an outcome, it does not change which earlier tasks the new one resembles. With m = Σ_s w_s f_s,
 
         E[f(x)] = m(x) + k(x, F) (k(F, F) + noise)⁻¹ max(1 − m(F), 0).
 
@@ -178,8 +178,8 @@ def expected_after_failures(
     """
     failed_x, mask = failed
     expected = lambda x: expected_outcomes(surrogate, x) @ weights
-    between = kernel_matrix(surrogate.kernel, failed_x, failed_x)
-    within = between * mask[:, None] * mask[None] + jnp.diag(1 - mask + 1e-2)
+    k_failed = kernel_matrix(surrogate.kernel, failed_x, failed_x)
+    within = k_failed * mask[:, None] * mask[None] + jnp.diag(1 - mask + 1e-2)
     worse = jnp.maximum(1 - expected(failed_x), 0) * mask
     return expected(x) + kernel_matrix(surrogate.kernel, x, failed_x) @ jnp.linalg.solve(within, worse)
 
@@ -205,14 +205,14 @@ def joint_posterior_at(
       A `Joint`; it takes memory O((P + Q) Q) beyond the memory of `posterior_at`.
     """
     functions = functions_at(surrogate, x) if functions is None else functions
-    at_x = jnp.concatenate([functions, functions_at(surrogate, others)])
-    both = jnp.concatenate([x, others])
-    between, among = (kernel_matrix(surrogate.kernel, both, z) for z in (conditioned.seen, others))
-    mean, variances, covariances = _at(surrogate, conditioned, both, at_x, between, among)
+    points = jnp.concatenate([x, others])
+    functions = jnp.concatenate([functions, functions_at(surrogate, others)])
+    k_seen, k_others = (kernel_matrix(surrogate.kernel, points, z) for z in (conditioned.seen, others))
+    mean, variances, covariances = _at(surrogate, conditioned, _Queries(points, functions, k_seen, k_others))
     scales = _scales(conditioned)
-    kind = jnp.asarray(np.repeat(np.arange(len(scales)), [len(s) for s in scales]))
+    process_index = jnp.asarray(np.repeat(np.arange(len(scales)), [len(s) for s in scales]))
     spread = jnp.stack(variances), jnp.stack(covariances)
-    return Joint(conditioned.log_weights, mean, jnp.concatenate(scales), kind, *spread)
+    return Joint(conditioned.log_weights, mean, jnp.concatenate(scales), process_index, *spread)
 
 
 def posterior(
@@ -232,22 +232,22 @@ def posterior(
     return posterior_at(surrogate, condition(surrogate, weights, trials), x)
 
 
-def _condition(surrogate: Surrogate, weights, trials, within):
+def _condition(surrogate: Surrogate, weights, trials, k_seen):
     """The informed and the naive process given the trials, and the log weights of all their Gaussians.
 
     The informed process uses the functions of earlier tasks; the naive process does not.
     """
-    at_seen, y, mask = trials
+    functions_seen, y, mask = trials
     rho = surrogate.closeness
     informed = _processes.condition(
-        at_seen[:, :1] + rho * at_seen[:, 1:],
-        _share(surrogate) * at_seen[:, 1:] @ at_seen[:, 1:].T + surrogate.residual * within,
+        functions_seen[:, :1] + rho * functions_seen[:, 1:],
+        _share(surrogate) * functions_seen[:, 1:] @ functions_seen[:, 1:].T + surrogate.residual * k_seen,
         surrogate.log_scales[:, None] + jnp.array(_FACTORS)[None],
         (y, mask),
     )
     naive = _processes.condition(
         jnp.zeros((len(y), 1)),
-        jnp.exp(surrogate.kernel.log_amplitude) * within,
+        jnp.exp(surrogate.kernel.log_amplitude) * k_seen,
         _typical_scales(surrogate)[None],
         (y, mask),
     )
@@ -276,8 +276,25 @@ def _share(surrogate: Surrogate):
     return (1 - surrogate.closeness**2) / len(surrogate.curves)
 
 
-def _mixture(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between) -> Mixture:
-    mean, variances, _ = _at(surrogate, conditioned, x, at_x, between, jnp.zeros((len(at_x), 0), at_x.dtype))
+class _Queries(NamedTuple):
+    """P configurations at which outcomes are predicted; covariances are with the last Q of them, which may be none.
+
+    Attributes:
+      x: [P, D].
+      functions: [P, 1 + S] `functions_at` x.
+      k_seen: [P, N] k(x, the trials).
+      k_others: [P, Q] k(x, the last Q of x).
+    """
+
+    x: jax.Array
+    functions: jax.Array
+    k_seen: jax.Array
+    k_others: jax.Array
+
+
+def _mixture(surrogate: Surrogate, conditioned: Conditioned, x, functions, k_seen) -> Mixture:
+    queries = _Queries(x, functions, k_seen, jnp.zeros((len(functions), 0), functions.dtype))
+    mean, variances, _ = _at(surrogate, conditioned, queries)
     std = [
         jnp.sqrt(variance)[:, None] * scales[None]
         for variance, scales in zip(variances, _scales(conditioned), strict=True)
@@ -291,44 +308,46 @@ def _scales(conditioned: Conditioned) -> list[jax.Array]:
     return scales if conditioned.deep is None else [*scales, *conditioned.deep.processes.scales[:, 0]]
 
 
-def _at(surrogate: Surrogate, conditioned: Conditioned, x, at_x, between, among):
+def _at(surrogate: Surrogate, conditioned: Conditioned, queries: _Queries):
     """[P, K] means of all Gaussians, and for each process variances [P] and covariances [P, Q] with the last Q of x.
 
-    Variances and covariances are in units of the squared scale. `among` is k(x, the last Q of x).
+    Variances and covariances are in units of the squared scale.
     """
+    x, functions, k_seen, k_others = queries
     informed, naive = conditioned.processes
     share, amplitude = _share(surrogate), jnp.exp(surrogate.kernel.log_amplitude)
-    functions, at_seen = at_x[:, 1:], conditioned.at_seen[:, 1:]
-    num_others = among.shape[1]
-    others = functions[len(at_x) - num_others :]
+    mean, deviations = functions[:, :1], functions[:, 1:]
+    deviations_seen = conditioned.functions_seen[:, 1:]
+    num_others = k_others.shape[1]
+    deviations_others = deviations[len(x) - num_others :]
     predictions = [
         _processes.predict(
             informed,
-            at_x[:, :1] + surrogate.closeness * functions,
-            share * functions @ at_seen.T + surrogate.residual * between,
-            share * (functions**2).sum(1) + surrogate.residual,
-            share * functions @ others.T + surrogate.residual * among,
+            mean + surrogate.closeness * deviations,
+            share * deviations @ deviations_seen.T + surrogate.residual * k_seen,
+            share * (deviations**2).sum(1) + surrogate.residual,
+            share * deviations @ deviations_others.T + surrogate.residual * k_others,
         ),
         _processes.predict(
             naive,
-            jnp.zeros((len(at_x), 1)),
-            amplitude * between,
-            jnp.broadcast_to(amplitude, len(at_x)),
-            amplitude * among,
+            jnp.zeros((len(x), 1)),
+            amplitude * k_seen,
+            jnp.broadcast_to(amplitude, len(x)),
+            amplitude * k_others,
         ),
     ]
     if conditioned.deep is not None:
         same = _processes.same_configuration(x, conditioned.seen)
         same_other = _processes.same_configuration(x, x[len(x) - num_others :])
 
-        def of_member(deep, process, at_seen):
-            at_x = _deep_kernel.embed(deep, x)
+        def of_member(deep, process, embedded_seen):
+            embedded_x = _deep_kernel.embed(deep, x)
             return _processes.predict(
                 process,
-                (at_x @ deep.mean)[:, None],
-                _deep_kernel.covariance(deep, at_x, at_seen, same),
+                (embedded_x @ deep.mean)[:, None],
+                _deep_kernel.covariance(deep, embedded_x, embedded_seen, same),
                 jnp.broadcast_to(jnp.exp(deep.log_amplitude), len(x)),
-                _deep_kernel.covariance(deep, at_x, at_x[len(x) - num_others :], same_other),
+                _deep_kernel.covariance(deep, embedded_x, embedded_x[len(x) - num_others :], same_other),
             )
 
         members = jax.vmap(of_member)(*conditioned.deep)

@@ -10,7 +10,7 @@ from metaopt.blackbox import _acquisition, _posterior, _surrogates, _transformer
 from metaopt.blackbox._domain import Domain
 from metaopt.blackbox._new_task import NewTask
 
-_DEFAULT_TASKS = 7.0  # weight of the prior in favor of the default, in earlier tasks
+_DEFAULT_TASKS = 7.0  # weight of the prior in favor of the default, as a number of earlier tasks
 Trials = tuple[jax.Array, jax.Array, jax.Array]  # x [N, D], y [N], mask [N]
 Shown = Any  # the Trials that transformers read; None without transformers
 
@@ -74,7 +74,7 @@ def possible_outcomes(model: Model, task: NewTask, x: jax.Array) -> tuple[jax.Ar
 
 
 def transformer_mean(task: NewTask, shown: Shown, x: jax.Array) -> jax.Array:
-    """[P] normalized outcomes that transformers expect if no trial has one; a failure counts as the worst, 1."""
+    """[P] normalized outcomes that transformers expect if no trial has an outcome; a failure counts as 1, the worst."""
     read = _transformer.read_trials(task.transformers, shown)
     return _transformer.binned_moments(_transformer.predict_binned(task.transformers, read, x), 1.0)[0]
 
@@ -109,7 +109,7 @@ def mean_and_quantiles(
       model: the learned model.
       task: the new task.
       x: [P, D].
-      trials: trials with an outcome, where failures have an imputed one; None without any outcome.
+      trials: the trials, where failures have an imputed outcome; None if no trial has an outcome.
       failed: (x [N, D], mask [N]) of failed trials if no trial has an outcome; otherwise None.
       shown: the trials that transformers read; None without transformers.
       levels: [L] in (0, 1).

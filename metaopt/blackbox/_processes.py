@@ -6,8 +6,8 @@ With P = K⁻¹ − K⁻¹11ᵀK⁻¹/1ᵀK⁻¹1 and residuals r = y/b − μ, 
 
     −½ (rᵀPr + log|K| + log 1ᵀK⁻¹1) − (n − 1) log b.
 
-Up to the last term it is quadratic in 1/b. So any number of scales costs one solve, and its maximum over b is in closed
-form.
+Except for the last term, the log likelihood is quadratic in 1/b. So any number of scales costs one solve, and the
+maximum over b is in closed form.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ class Processes(NamedTuple):
       whitening: [N, N] L⁻¹.
       mask: [N].
       one: [N] L⁻¹1.
-      at_y: [N] L⁻¹y.
-      at_mu: [N, K] L⁻¹μ.
+      whitened_y: [N] L⁻¹y.
+      whitened_mu: [N, K] L⁻¹μ.
       middle: [] the mean outcome, which was subtracted from y.
       scales: [K, B] b.
       log_likelihood: [K, B].
@@ -41,8 +41,8 @@ class Processes(NamedTuple):
     whitening: jax.Array
     mask: jax.Array
     one: jax.Array
-    at_y: jax.Array
-    at_mu: jax.Array
+    whitened_y: jax.Array
+    whitened_mu: jax.Array
     middle: jax.Array
     scales: jax.Array
     log_likelihood: jax.Array
@@ -96,52 +96,54 @@ def condition(
       covariance: [N, N], without noise.
       log_scales: [K, B] or [1, B], logarithms of b.
       trials: (y [N], mask [N]).
-      own_scale: whether to add one more scale, at the maximum of the likelihood. It gets the mean likelihood over the
-        units that a task may have (Laplace's method). log b is uniform within ±10 of the median of `log_scales`.
+      own_scale: whether to add one more scale, at the maximum of the likelihood. Its likelihood is the mean over all
+        scales that a task may have, by Laplace's method. For this mean, log b is uniform within ±10 of the median of
+        `log_scales`.
 
     Returns:
       A `Processes`, with B + 1 scales if `own_scale`.
     """
     y, mask = trials
-    num = mask.sum()
-    middle = jnp.where(mask > 0, y, 0.0).sum() / num  # added back later: float32 has few digits
+    num_trials = mask.sum()
+    middle = jnp.where(mask > 0, y, 0.0).sum() / num_trials  # added back later: float32 has few digits
     y = jnp.where(mask > 0, y - middle, 0.0)
     chol = jnp.linalg.cholesky(covariance * mask[:, None] * mask[None] + jnp.diag(jnp.where(mask > 0, NOISE, 1.0)))
     whitening = jax.scipy.linalg.solve_triangular(chol, jnp.eye(len(y), dtype=chol.dtype), lower=True)
-    one, at_y, at_mu = whitening @ mask, whitening @ y, whitening @ (mu * mask[:, None])
+    one, whitened_y, whitened_mu = whitening @ mask, whitening @ y, whitening @ (mu * mask[:, None])
     total = one @ one
-    y_c, mu_c = at_y - one * (one @ at_y) / total, at_mu - jnp.outer(one, one @ at_mu) / total
-    of_y, of_both = y_c @ y_c, (y_c @ mu_c)[:, None]
+    y_c, mu_c = whitened_y - one * (one @ whitened_y) / total, whitened_mu - jnp.outer(one, one @ whitened_mu) / total
+    y_dot_y, y_dot_mu = y_c @ y_c, (y_c @ mu_c)[:, None]
     log_scales = jnp.broadcast_to(log_scales, (mu.shape[1], log_scales.shape[1]))
     rest = -jnp.log(jnp.diag(chol)).sum() - jnp.log(total) / 2 - (mu_c**2).sum(0)[:, None] / 2
 
     def log_likelihood(log_scales):
         inverse = jnp.exp(-log_scales)
-        return rest - of_y * inverse**2 / 2 + of_both * inverse - (num - 1) * log_scales
+        return rest - y_dot_y * inverse**2 / 2 + y_dot_mu * inverse - (num_trials - 1) * log_scales
 
     values = log_likelihood(log_scales)
     if own_scale:
-        own, width = _likeliest(of_y, of_both, num, log_scales)
-        has_scale = num > 1  # one trial does not determine a scale
+        own, width = _likeliest(y_dot_y, y_dot_mu, num_trials, log_scales)
+        has_scale = num_trials > 1  # one trial does not determine a scale
         at_own = jnp.where(has_scale, log_likelihood(own) + jnp.log(width / (2 * _WIDEST)), values[:, :1])
         values = jnp.concatenate([values, at_own], axis=1)
         log_scales = jnp.concatenate([log_scales, jnp.where(has_scale, own, log_scales[:, :1])], axis=1)
-    return Processes(whitening, mask, one, at_y, at_mu, middle, jnp.exp(log_scales), values)
+    return Processes(whitening, mask, one, whitened_y, whitened_mu, middle, jnp.exp(log_scales), values)
 
 
-def _likeliest(of_y, of_both, num, log_scales):
-    """[K, 1] the log b that maximizes −½ of_y/b² + of_both/b − (n − 1) log b, and √(2π / its curvature there)."""
-    root = jnp.sqrt(of_both**2 + 4 * of_y * (num - 1))
-    # Both are the positive root of −of_y u² + of_both u + (n − 1), u = 1/b; each is accurate where the other cancels.
+def _likeliest(y_dot_y, y_dot_mu, num_trials, log_scales):
+    """[K, 1] the log b that maximizes −½ y_dot_y/b² + y_dot_mu/b − (n − 1) log b, and √(2π / its curvature there)."""
+    root = jnp.sqrt(y_dot_mu**2 + 4 * y_dot_y * (num_trials - 1))
+    # Both are the positive root of −y_dot_y u² + y_dot_mu u + (n − 1), u = 1/b. Each is accurate where the other one
+    # cancels.
     inverse = jnp.where(
-        of_both > 0,
-        (of_both + root) / jnp.maximum(2 * of_y, 1e-30),
-        2 * (num - 1) / jnp.maximum(root - of_both, 1e-30),
+        y_dot_mu > 0,
+        (y_dot_mu + root) / jnp.maximum(2 * y_dot_y, 1e-30),
+        2 * (num_trials - 1) / jnp.maximum(root - y_dot_mu, 1e-30),
     )
     middle = jnp.median(log_scales)
     # Equal outcomes have no scale; the maximum would be at b = 0.
     own = jnp.clip(-jnp.log(jnp.maximum(inverse, 1e-30)), middle - _WIDEST, middle + _WIDEST)
-    curvature = of_y * jnp.exp(-2 * own) + jnp.maximum(num - 1, 1)
+    curvature = y_dot_y * jnp.exp(-2 * own) + jnp.maximum(num_trials - 1, 1)
     return jax.lax.stop_gradient(own), jax.lax.stop_gradient(jnp.sqrt(2 * np.pi / curvature))
 
 
@@ -158,16 +160,17 @@ def predict(processes: Processes, mu: jax.Array, cross: jax.Array, variance: jax
     Returns:
       [P, K·B] means in the task's units; [P] variances and [P, Q] covariances in normalized units.
     """
-    one, at_y, at_mu = processes.one, processes.at_y, processes.at_mu
-    at_x = processes.whitening @ (cross * processes.mask[None]).T  # [N, P]
+    one, whitened_y, whitened_mu = processes.one, processes.whitened_y, processes.whitened_mu
+    whitened_cross = processes.whitening @ (cross * processes.mask[None]).T  # [N, P]
     total = one @ one
     # The means are offset + μ(c) + k K⁻¹(r − offset), which is linear in y/b and in μ.
-    unexplained = 1 - one @ at_x  # [P]
-    offset_y, offset_mu = (one @ at_y) / total, (one @ at_mu) / total
-    mean_y = at_x.T @ at_y + unexplained * offset_y + processes.middle  # [P]
-    mean_mu = mu - at_x.T @ at_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
+    unexplained = 1 - one @ whitened_cross  # [P]
+    offset_y, offset_mu = (one @ whitened_y) / total, (one @ whitened_mu) / total
+    mean_y = whitened_cross.T @ whitened_y + unexplained * offset_y + processes.middle  # [P]
+    mean_mu = mu - whitened_cross.T @ whitened_mu - unexplained[:, None] * offset_mu[None]  # [P, K]
     mean = mean_y[:, None, None] + processes.scales[None] * mean_mu[..., None]
-    variance = jnp.maximum(variance - (at_x**2).sum(0) + unexplained**2 / total, 1e-9)
+    variance = jnp.maximum(variance - (whitened_cross**2).sum(0) + unexplained**2 / total, 1e-9)
     others = slice(len(mu) - covariance.shape[1], None)
-    covariance = covariance - at_x.T @ at_x[:, others] + jnp.outer(unexplained, unexplained[others]) / total
+    of_offset = jnp.outer(unexplained, unexplained[others]) / total
+    covariance = covariance - whitened_cross.T @ whitened_cross[:, others] + of_offset
     return mean.reshape(len(mu), -1), variance, covariance

@@ -11,7 +11,8 @@ If number and seed are 0, the trials have no numbers. Then such rows may come fr
 configuration:
 
 - different outcomes are repeats, and each counts. A second row with an equal outcome is the same trial, and its later
-  status counts. For example, of "PRUNED" at 0.5 and "COMPLETE" at 0.5, only the later row counts;
+  status counts. For example, of a row "PRUNED" with outcome 0.5 and a row "COMPLETE" with outcome 0.5, only the later
+  one counts;
 - a failure, or an end without a finite outcome, is replaced by the next end, because the trial was run again. A failure
   after an outcome is a repeat that failed, and both count.
 
@@ -127,27 +128,35 @@ def _of_each_trial(file, rows) -> list[Record]:
     """Returns the records that count for each trial, from rows in the order in which they were appended."""
     names: dict[str, str] = {}  # JSON text of a configuration -> the same with sorted keys
     trials: dict[tuple, dict[Any, tuple[int, Record]]] = {}  # trial -> end -> (position in the result, record)
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         record, study, text = _read_row(file, row), row[1], row[3]
         if (name := names.get(text)) is None:
             name = names[text] = json.dumps(record.configuration, sort_keys=True)
         ends = trials.setdefault((study, record.task, record.trial, name, record.fidelity, record.seed), {})
         if record.status in _BEGUN:
             if not ends or _BEGUN in ends:
-                ends[_BEGUN] = ends.get(_BEGUN, (place,))[0], record
+                ends[_BEGUN] = ends.get(_BEGUN, (position,))[0], record
             continue
-        numbered = record.trial != 0 or record.seed != 0
-        ended = record.status != "FAIL" and math.isfinite(record.outcome)
-        outcome = record.outcome if record.outcomes is None else repr(record.outcomes)  # NaN equals NaN
-        end = "LAST" if numbered else outcome if ended else "FAIL"
-        before = next((before for before in (end, _BEGUN, "FAIL") if before in ends), None)
-        ends[end] = place if before is None else ends.pop(before)[0], record
+        end_key = _end_key(record)
+        # An end replaces an equal one, or else the start of its trial, or else a failure, and takes its position.
+        replaced_key = next((key for key in (end_key, _BEGUN, "FAIL") if key in ends), None)
+        ends[end_key] = position if replaced_key is None else ends.pop(replaced_key)[0], record
     placed = sorted((end for ends in trials.values() for end in ends.values()), key=lambda end: end[0])
     return [record for _, record in placed]
 
 
+def _end_key(record: Record) -> Any:
+    """The key of an ended trial's record. A later record of the trial with an equal key replaces it."""
+    if record.trial != 0 or record.seed != 0:
+        return "LAST"
+    # Without a number, different outcomes are repeats.
+    if record.status == "FAIL" or not math.isfinite(record.outcome):
+        return "FAIL"
+    return record.outcome if record.outcomes is None else repr(record.outcomes)  # in a text, NaN equals NaN
+
+
 def read_origins(file: str | os.PathLike[str], study: str) -> dict[str, str]:
-    """Returns the digests that `keep_origins` wrote, by name; none if there is no file, or it has none."""
+    """Returns the digests that `keep_origins` wrote, by name; an empty dict without a file or without digests."""
     if not os.path.exists(file):
         return {}
     with _open(file) as connection:
@@ -192,7 +201,7 @@ def recover_records(file: str | os.PathLike[str], to: str | os.PathLike[str]) ->
         _pad(copy)
         with _open(copy, recover=True, named=Path(file)) as connection:
             connection.execute(f"SELECT study, {_COLUMNS} FROM records LIMIT 0")  # reads no row; checks the columns
-            # A row takes more than 30 bytes, so that there are no more rows than this; the counts may be unreadable.
+            # A row takes more than 30 bytes, which bounds the number of rows. The file's own counts may be unreadable.
             for number in range(1, os.path.getsize(copy) // 30 + 1):
                 with contextlib.suppress(sqlite3.DatabaseError, ValueError, TypeError):
                     query = f"SELECT study, {_COLUMNS} FROM records WHERE id = ?"
@@ -255,7 +264,8 @@ def _connect(path: Path, named: Path, create: bool, stack: contextlib.ExitStack)
     except sqlite3.OperationalError as error:
         if create or not _error_name(error).startswith(_NOT_WRITABLE):
             raise
-    # SQLite cannot create `-shm` next to the file. A `-wal` file holds rows that are not in the file yet.
+    # SQLite cannot create `-shm` next to the file. A `-wal` file holds rows that are not in the file yet. Without such
+    # rows, we open the file as immutable. Otherwise, we copy both files to a folder that is writable.
     wal = Path(f"{path}-wal")
     if not wal.is_file() or not wal.stat().st_size:
         return connect(f"{path.absolute().as_uri()}?immutable=1", uri=True)

@@ -81,7 +81,8 @@ def acquisition_score(
       key: the key for samples.
       task: the new task.
       trials: its trials; at least one has an outcome.
-      functions: [P, 1 + S] `functions_at` of the outcome's surrogate, if the scored configurations are always the same.
+      functions: [P, 1 + S] `functions_at` of the outcome's surrogate at the scored configurations, if these are always
+        the same; otherwise None.
       cost_functions: the same of the cost's surrogate.
 
     Returns:

@@ -26,7 +26,8 @@ class SklearnModel(NamedTuple):
     scoring: str
 
 
-# Scores of a clustering without true labels: name -> function of the rows and the cluster labels, larger is better.
+# Scores of a clustering without true labels: name -> (name of scikit-learn's function of the rows and the cluster
+# labels, whether larger is better).
 _INTERNAL = {
     "silhouette": ("silhouette_score", True),
     "davies_bouldin": ("davies_bouldin_score", False),

@@ -26,7 +26,7 @@ from metaopt.blackbox._scores import ACQUISITIONS, TrialArrays
 _RANDOM_EVERY = 4  # trials, in a search without candidates
 _FARTHEST_EVERY = 8  # trials, in a search with candidates
 _MAX_COSTS = 64  # trials whose costs are used
-_PLAN = 8  # configurations by which the plan for trials before the first outcome grows
+_PLAN = 8  # number of configurations that the plan for trials before the first outcome grows by
 
 
 def best_configuration(learned: Learned, task: NewTask) -> dict[str, Any]:
@@ -38,8 +38,10 @@ def best_configuration(learned: Learned, task: NewTask) -> dict[str, Any]:
 
 
 def complementary(learned: Learned, task: NewTask, num: int) -> list[dict[str, Any]]:
-    """A greedy portfolio of at most `num` configurations: each one minimizes the expected best outcome with those
-    before it."""
+    """A greedy portfolio of at most `num` configurations.
+
+    Each one minimizes the expected best outcome of itself and those before it.
+    """
     domain, chosen = learned.domain, [best_configuration(learned, task)]
     pool = domain.candidates
     if not pool:
@@ -94,7 +96,7 @@ def make_search(learned: Learned, task: NewTask, acquisition: str, new_task: Any
                 f"`acquisition` must be 'ei' with `objectives` or `constraints`: the expected improvement of the "
                 f"hypervolume, times the probability of feasibility; got {acquisition!r}."
             )
-        others = [one.model.surrogate for one in learned.goals.outcomes[1:]]
+        others = [outcome.model.surrogate for outcome in learned.goals.outcomes[1:]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the first surrogate has given the same warnings
             tasks = (task, *(new_task_of(surrogate, new_task, learned.reads) for surrogate in others))
@@ -150,7 +152,7 @@ def next_configuration(
         rows = np.flatnonzero(untried)
         return dict(domain.candidates[rows[farthest(domain.encoded[untried], tried_x)]])
     if goals is not None:
-        functions = [one.functions for one in goals.outcomes]
+        functions = [outcome.functions for outcome in goals.outcomes]
         trials = goal_trials(goals, search.tasks, ended, running)
         score = np.array(goals.candidates_score(search.tasks, trials, functions))
     else:

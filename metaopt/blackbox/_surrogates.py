@@ -80,8 +80,8 @@ class Surrogate(NamedTuple):
     Attributes:
       reference: [M, D] encoded configurations.
       curves: [S, M] f_s at the reference configurations.
-      coefficients: [M, 1 + S] K⁻¹ of f̄ and f_s − f̄, where K is k between the reference configurations: k(c,
-        reference) @ coefficients are the functions themselves.
+      coefficients: [M, 1 + S] K⁻¹ times the values of f̄ and f_s − f̄ at the reference configurations, where K is the
+        matrix of k between these configurations. So k(c, reference) @ coefficients gives these functions at c.
       log_scales: [S] logarithm of b.
       kernel: k.
       attention: parameters by which features weight tasks (`attention_weights`).
@@ -145,8 +145,8 @@ def kernel_loss(kernel: Kernel, trials: tuple[jax.Array, jax.Array, jax.Array]) 
     both = mask[:, None] * mask[None]
     matrix = jnp.exp(kernel.log_amplitude) * kernel_matrix(kernel, x, x) * both
     chol = jnp.linalg.cholesky(matrix + jnp.diag(_processes.NOISE + 1 - mask))
-    white = jax.scipy.linalg.solve_triangular(chol, y * mask, lower=True)
-    nll = (white @ white) / 2 + jnp.log(jnp.diag(chol)).sum()
+    whitened = jax.scipy.linalg.solve_triangular(chol, y * mask, lower=True)
+    nll = (whitened @ whitened) / 2 + jnp.log(jnp.diag(chol)).sum()
     prior = ((kernel.log_lengths + 0.5) ** 2).sum() / 2 + kernel.logit_smooth**2 / 8
     return (nll + 0.1 * prior) / mask.sum()
 
@@ -205,25 +205,25 @@ def surrogate(
     cross = [_gram(kernel, np.asarray(task.x, np.float64), reference) for task in tasks]
     project = [k @ inverse for k in cross]
     # The variance at a configuration that the reference configurations do not explain.
-    left = [amplitude * np.maximum(1 - (k * a).sum(1), 0) for k, a in zip(cross, project, strict=True)]
+    variance_left = [amplitude * np.maximum(1 - (k * a).sum(1), 0) for k, a in zip(cross, project, strict=True)]
     mean = np.full(len(reference), np.mean([np.nanmean(y) for y, _ in normalized]))
     covariance = amplitude * gram
     curves = np.zeros((len(tasks), len(reference)))
-    whole = np.zeros(len(tasks), bool)
+    is_complete = np.zeros(len(tasks), bool)
     for s, ((y, _), a) in enumerate(zip(normalized, project, strict=True)):
         columns = a.argmax(1)
-        whole[s] = np.isfinite(y).all() and len(y) == len(np.unique(columns)) == len(reference)
-        if whole[s]:  # each reference configuration was tried once: nothing to infer
+        is_complete[s] = np.isfinite(y).all() and len(y) == len(np.unique(columns)) == len(reference)
+        if is_complete[s]:  # each reference configuration was tried once: nothing to infer
             curves[s, columns] = y
-    for done in range(1, num_rounds + 1):
-        for s, ((y, _), a, rest) in enumerate(zip(normalized, project, left, strict=True)):
-            if whole[s]:
+    for round_number in range(1, num_rounds + 1):
+        for s, ((y, _), a, variance) in enumerate(zip(normalized, project, variance_left, strict=True)):
+            if is_complete[s]:
                 continue
             seen = np.isfinite(y)
-            curve = _posterior(mean, covariance, a[seen], y[seen], rest[seen])
-            if done == num_rounds and not seen.all():
+            curve = _posterior(mean, covariance, a[seen], y[seen], variance[seen])
+            if round_number == num_rounds and not seen.all():
                 y = np.where(seen, y, (a @ curve + 1) / 2)
-                curve = _posterior(mean, covariance, a, y, rest)
+                curve = _posterior(mean, covariance, a, y, variance)
             curves[s] = curve
         mean = curves.mean(0)
         deviations = curves - mean
@@ -336,10 +336,10 @@ def attention_weights(
     rates = jnp.exp(attention["log_rates"])[None]
     a, b = query * rates, features * rates
     square = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
-    open_ = jnp.ones(square.shape, bool) if excluded is None else ~excluded
-    near = jax.nn.softmax(jnp.where(open_, -square / 2, -1e9), axis=1)
+    allowed = jnp.ones(square.shape, bool) if excluded is None else ~excluded
+    softmax_weights = jax.nn.softmax(jnp.where(allowed, -square / 2, -1e9), axis=1)
     share = jax.nn.sigmoid(attention["logit_share"])
-    return share * near + (1 - share) * open_ / open_.sum(1, keepdims=True)
+    return share * softmax_weights + (1 - share) * allowed / allowed.sum(1, keepdims=True)
 
 
 def attention_loss(
@@ -349,7 +349,7 @@ def attention_loss(
     temperature: float = 0.02,
     penalty: float = 1e-3,
 ) -> jax.Array:
-    """The regret of a choice by the weighted mean of other tasks, each task left out with its family: a ranking loss.
+    """The regret of choosing for each task by the weighted mean of tasks of other families: a ranking loss.
 
         Σ_t v_t Σ_c softmax_c(−f̂_t(c)/τ) f_t(c),    f̂_t = Σ_s w_s(x_t) f_s,    s not of t's family.
 

@@ -14,7 +14,7 @@ Outcomes are relative to the trials themselves, so their units do not matter: wi
     v = (y − min_i y_i) / s,    s = max(Σ_i (y_i − min_j y_j), b / 10) / (n − 1).
 
 b is the scale of earlier tasks. It bounds s from below because a few equal, or nearly equal, outcomes do not imply that
-all others are equal. One trial has no scale: then s is b. Without any trial the zero is missing too; then v is the
+all others are equal. One trial has no scale: then s is b. Without any trial, the minimum is unknown too: then v is the
 normalized outcome (0 the task's best, 1 its worst).
 
 p is constant within bins. The bins are narrow near the best trial and wide far from it; failure is a separate class.
@@ -89,7 +89,7 @@ class TrialsRead(NamedTuple):
       keys: [L, N + 1, heads, W / heads]; with one more leading axis for E transformers.
       values: as `keys`.
       mask: [N + 1] bool.
-      possible: [B + 1] bool, which bins an outcome can be in, and failure.
+      possible: [B + 1] bool, whether an outcome can be in each bin; the last entry is for failure, always true.
       low: [] the zero of v, in the units of the task.
       scale: [] s.
     """
@@ -150,7 +150,7 @@ def read_trials(
     Args:
       transformers: E transformers, specialized to the task (`at_features`).
       trials: (x [N, D], y [N], mask [N]); y may have any units, and is NaN if the trial failed. N may be 0.
-      scale: b, the scale of earlier tasks (`Surrogate.log_scales`), for trials whose outcomes determine none.
+      scale: b, the scale of earlier tasks (`Surrogate.log_scales`), for trials whose outcomes do not determine a scale.
 
     Returns:
       A `TrialsRead` with leaves [E, ...]; it costs O(E L W N (N + W)).
@@ -164,8 +164,8 @@ def _read(transformer, trials, scale) -> TrialsRead:
     low, scale = _zero_and_scale(y, seen, scale)
     v = jnp.where(seen, (y - low) / scale, 0.0)
     num = seen.sum()
-    marks = [jnp.arcsinh(v / _NARROW), seen & (v <= 0), (mask > 0) & ~seen, seen]
-    of_outcome = jnp.stack([mark.astype(x.dtype) for mark in marks], 1)
+    outcome_features = [jnp.arcsinh(v / _NARROW), seen & (v <= 0), (mask > 0) & ~seen, seen]
+    of_outcome = jnp.stack([mark.astype(x.dtype) for mark in outcome_features], 1)
     of_count = jnp.stack([jnp.log1p(num.astype(x.dtype)), num == 0, num == 1]).astype(x.dtype)
     first = transformer.bias + of_count @ transformer.count
     h = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
@@ -179,7 +179,8 @@ def _read(transformer, trials, scale) -> TrialsRead:
         return _onward(h, mixed, layer), (k, v)
 
     _, (keys, values) = jax.lax.scan(step, h, transformer.layers)
-    # Normalized outcomes lie in [0, 1], and relative to one of them in [-1, 1].
+    # Without a trial, v is a normalized outcome, in [0, 1]. With one trial, v is the difference of two such outcomes,
+    # in [-1, 1].
     lowest = jnp.where(num == 0, 0.0, jnp.where(num == 1, -1.0, -jnp.inf))
     highest = jnp.where(num < 2, 1.0, jnp.inf)
     edges = jnp.asarray(_edges(), x.dtype)
@@ -195,9 +196,9 @@ def _logits(transformer: Transformer, read: TrialsRead, x: jax.Array) -> jax.Arr
         layer, keys, values = layer_and_trials
         q, k, v = _qkv(h, layer)
         root = np.sqrt(q.shape[-1])
-        of_trials = jnp.where(read.mask[None, None], jnp.einsum("phk,nhk->phn", q, keys) / root, -jnp.inf)
-        of_itself = (q * k).sum(-1) / root
-        shares = jax.nn.softmax(jnp.concatenate([of_trials, of_itself[..., None]], -1))
+        trial_logits = jnp.where(read.mask[None, None], jnp.einsum("phk,nhk->phn", q, keys) / root, -jnp.inf)
+        self_logits = (q * k).sum(-1) / root
+        shares = jax.nn.softmax(jnp.concatenate([trial_logits, self_logits[..., None]], -1))
         mixed = jnp.einsum("phn,nhk->phk", shares[..., :-1], values) + shares[..., -1:] * v
         return _onward(h, mixed, layer), None
 
@@ -225,7 +226,7 @@ def predict_binned(transformers: Transformer, read: TrialsRead, x: jax.Array) ->
 def transformer_loss(
     transformer: Transformer,
     trials: tuple[jax.Array, jax.Array, jax.Array],
-    asked: tuple[jax.Array, jax.Array, jax.Array],
+    targets: tuple[jax.Array, jax.Array, jax.Array],
     features: jax.Array,
 ) -> jax.Array:
     """The cross-entropy of the binned outcomes of some trials of a task, given others.
@@ -233,34 +234,34 @@ def transformer_loss(
     Args:
       transformer: one transformer, to be trained.
       trials: (x [N, D], y [N], mask [N]) that are shown; y is normalized, and NaN if the trial failed.
-      asked: (x [P, D], y [P], mask [P]) whose outcomes are predicted; at least one is real.
+      targets: (x [P, D], y [P], mask [P]) whose outcomes are predicted; at least one is real.
       features: [F] of the task, ranked.
 
     Returns:
       [].
     """
-    x, _, mask = asked
+    x, _, mask = targets
     transformer = _deep_kernel.at_features(transformer, features)
     logits = _logits(transformer, _read(transformer, trials, 1.0), x)
-    log_probs = jnp.take_along_axis(logits, outcome_classes(trials, asked)[:, None], axis=1)[:, 0]
+    log_probs = jnp.take_along_axis(logits, outcome_classes(trials, targets)[:, None], axis=1)[:, 0]
     return -(log_probs * mask).sum() / mask.sum()
 
 
 def outcome_classes(
-    trials: tuple[jax.Array, jax.Array, jax.Array], asked: tuple[jax.Array, jax.Array, jax.Array]
+    trials: tuple[jax.Array, jax.Array, jax.Array], targets: tuple[jax.Array, jax.Array, jax.Array]
 ) -> jax.Array:
     """The index of the bin that contains an outcome, or B if the trial failed.
 
     Args:
       trials: the trials that are shown, as for `transformer_loss`.
-      asked: [P] trials to predict, as for `transformer_loss`.
+      targets: [P] trials to predict, as for `transformer_loss`.
 
     Returns:
       [P] integers.
     """
     _, y, mask = trials
     low, scale = _zero_and_scale(y, (mask > 0) & ~jnp.isnan(y), 1.0)
-    v = (asked[1] - low) / scale
+    v = (targets[1] - low) / scale
     bins = jnp.searchsorted(jnp.asarray(_edges(), v.dtype), v, side="right") - 1
     return jnp.where(jnp.isnan(v), NUM_BINS, jnp.clip(bins, 0, NUM_BINS - 1))
 

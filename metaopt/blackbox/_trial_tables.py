@@ -250,11 +250,11 @@ def from_openml_evaluations(rows: Sequence[Mapping[str, Any]], *, higher_is_bett
         value = math.nan if row["value"] is None else float(row["value"])
         if value > 1 and higher_is_better is None:
             raise ValueError(
-                f"The value of run {record.trial} is {value:g}, and a measure that is better where it is larger is at "
-                "most 1, as far as `from_openml_evaluations` can know; say `higher_is_better`, True or False."
+                f"Run {record.trial} has the value {value:g}. By default, values must be at most 1, and larger is "
+                "better. Pass `higher_is_better=True` or `False`."
             )
         if math.isnan(value):
-            records.append(record._replace(status="FAIL", reason="OpenML has no value of it"))
+            records.append(record._replace(status="FAIL", reason="OpenML lists no value for this run"))
         else:
             records.append(record._replace(outcome=value if higher_is_better is False else 1.0 - value))
     return records

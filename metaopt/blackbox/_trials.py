@@ -1,4 +1,4 @@
-"""Runs one trial at a time in a child process. If a trial crashes it, this is recorded and the search goes on.
+"""Runs one trial at a time in a child process. If the child crashes, this is recorded and the search goes on.
 
 A child is started by `exec`, never by a fork of a process in which JAX runs threads. It serves one trial after another,
 because starting Python with JAX takes seconds. So the next trial finds the side effects of earlier ones: caches, the
@@ -45,8 +45,8 @@ class ObjectiveFn(Protocol):
 
 
 _SECONDS_TO_START = 300.0
-# One thread per trial, unless the environment says otherwise. Then workers do not compete for cores, and the order of
-# sums does not depend on the number of workers.
+# One thread per trial, unless the environment states another number. With one thread, workers do not compete for cores,
+# and the order of sums does not depend on the number of workers.
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -186,14 +186,14 @@ def run_isolated(
     """
     cloudpickle = _extras.require("cloudpickle", "records", "An isolated trial")
     start = time.perf_counter()
-    left = lambda: math.inf if begins_before is None else begins_before - time.time()
+    seconds_left = lambda: math.inf if begins_before is None else begins_before - time.time()
     message = cloudpickle.dumps((objective, task, trial))
-    child = _take(left())
+    child = _take(seconds_left())
     if child is None:
         return None
     _busy[child.process.pid] = owner, child
     fails = lambda reason: trial._replace(status="FAIL", cost=time.perf_counter() - start, reason=reason)
-    keep = False
+    reuse_child = False
     try:
         child.connection.send_bytes(message)
         for answer_of in ("read", "run"):
@@ -201,8 +201,8 @@ def run_isolated(
             # Reading imports the modules of the objective. The time limit of the first trial must not include this.
             reads = answer_of == "read"
             limit = None if time_limit is None else time_limit + (_SECONDS_TO_START if reads else 0)
-            exceeded = _wait(child, min(limit or math.inf, left()) if reads else limit, memory_limit)
-            if exceeded and reads and left() <= 0:
+            exceeded = _wait(child, min(limit or math.inf, seconds_left()) if reads else limit, memory_limit)
+            if exceeded and reads and seconds_left() <= 0:
                 return None
             if exceeded:
                 return fails(f"{exceeded} (while it read the objective and the task)" if reads else exceeded)
@@ -213,13 +213,13 @@ def run_isolated(
                     "importable there; `isolated=False` runs trials in this process."
                 )
         assert isinstance(answer, Record)
-        keep = memory_limit is None or _memory(child.process.pid) < memory_limit / 2
+        reuse_child = memory_limit is None or _memory(child.process.pid) < memory_limit / 2
         return answer
     except (EOFError, ConnectionError):
         return fails(_how_it_ended(child.process))
     finally:
         _busy.pop(child.process.pid, None)
-        if keep:
+        if reuse_child:
             _idle.append(child)
         else:
             _end(child)
@@ -231,8 +231,8 @@ def end_children(owner: str) -> None:
     Args:
       owner: as in `run_isolated`.
     """
-    for whose, child in list(_busy.values()):
-        if whose == owner:
+    for child_owner, child in list(_busy.values()):
+        if child_owner == owner:
             _kill(child)  # the thread that waits for the child cleans up
     while (child := _take_idle()) is not None:
         _end(child)
@@ -290,11 +290,11 @@ def _take(seconds: float) -> _Child | None:
 
 def _serve(descriptor: int) -> None:
     """The child's own loop: receives a trial, sends None (or why it cannot read the trial), then sends the record."""
-    life = os.dup(0)
+    parent_pipe = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
     def end_with_the_parent():
-        os.read(life, 1)
+        os.read(parent_pipe, 1)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=end_with_the_parent, daemon=True).start()
@@ -322,13 +322,13 @@ def _wait(child: _Child, time_limit, memory_limit) -> str:
     """
     start = time.perf_counter()
     while True:
-        left = math.inf if time_limit is None else time_limit - (time.perf_counter() - start)
+        seconds_left = math.inf if time_limit is None else time_limit - (time.perf_counter() - start)
         ended = child.process.poll() is not None  # before polling the pipe, so that its last message is still read
-        if child.connection.poll(0.0 if ended else min(max(left, 0.0), 1.0 if memory_limit is None else 0.05)):
+        if child.connection.poll(0.0 if ended else min(max(seconds_left, 0.0), 1.0 if memory_limit is None else 0.05)):
             return ""
         if ended:  # a forked process may still hold the pipe open
             raise EOFError
-        if left <= 0:
+        if seconds_left <= 0:
             return f"time limit of {time_limit:g} s"
         if memory_limit is not None and _memory(child.process.pid) > memory_limit:
             return f"memory limit of {memory_limit:g} MiB"
@@ -357,7 +357,7 @@ def _how_it_ended(process: subprocess.Popen) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    return f"signal {name}" + (", as from a system that is out of memory" if name == "SIGKILL" else "")
+    return f"signal {name}" + ("; the system may have run out of memory" if name == "SIGKILL" else "")
 
 
 def _kill(child: _Child) -> None:

@@ -15,14 +15,14 @@ from metaopt.blackbox._records import append_records
 from metaopt.blackbox._trials import ObjectiveFn, run_here, run_isolated
 
 _log = logging.getLogger(__name__)
-_LOSSES = 3  # losses of workers one after the other, without a trial that ends in between
+_LOSSES = 3  # losses of workers in a row, with no ended trial between them
 # Names of the errors for a lost worker: of loky, of Dask (a lost task, lost data, or no worker for 10 s), and of Ray.
 _LOST = {"BrokenExecutor", "KilledWorker", "CancelledError", "TimeoutError"}
 _LOST |= {"RayActorError", "WorkerCrashedError", "ObjectLostError"}
 
 
 class Runner(NamedTuple):
-    """The arguments that runs of trials and the store share."""
+    """The arguments that all trials of a collection share."""
 
     run: Callable[..., base.Record | None]
     objective: ObjectiveFn
@@ -44,7 +44,7 @@ class Isolated:
 
 
 def run_in_worker(objective, task, trial, begins_before):
-    """Runs a trial in the worker itself. Returns None if the deadline is over."""
+    """Runs a trial in the worker itself. Returns None if the deadline has passed."""
     late = begins_before is not None and time.time() >= begins_before  # a pool of processes takes seconds to start
     return None if late else run_here(objective, task, trial)
 
@@ -69,7 +69,8 @@ def workers(backend: str | None, num_workers: int | None) -> Iterator[None]:
         _extras.require("ray.util.joblib", "ray", '`backend="ray"`').register_ray()
         if not ray.is_initialized():
             ray.init()
-        # Ray then starts a lost worker and its trial again, as Dask does, instead of all trials that are running.
+        # With these options, Ray restarts only a lost worker and its trial, as Dask does. Otherwise `run_all` would
+        # restart all running trials.
         options["ray_remote_args"] = {"max_restarts": _LOSSES, "max_task_retries": _LOSSES}
         options["n_jobs"] = -1 if num_workers is None else num_workers
     with joblib.parallel_config(backend=backend, **options):
@@ -138,7 +139,7 @@ def _jobs(
     running: dict[tuple, base.Record],
     stop: threading.Event,
 ) -> Iterator[Any]:
-    """Calls for joblib, which takes the next one, in any of its threads, when a worker is free."""
+    """Yields delayed calls. joblib takes the next one when a worker is free, in any of joblib's threads."""
     while queue:
         left = runner.deadline - time.monotonic()
         if stop.is_set() or left <= 0:

@@ -1,4 +1,4 @@
-"""PyTorch Lightning: a module as a black box whose epochs are fidelities, pruned and continued from checkpoints.
+"""PyTorch Lightning: modules as black boxes. Epochs are fidelities, and trials are pruned or continue from checkpoints.
 
 Lightning and torch are imported when a function is called (extra `lightning`).
 """
@@ -53,9 +53,10 @@ def callback(
     begins with seeds that follow from the trial's seed and the epoch. A continued run therefore equals an uninterrupted
     one, as far as torch's own operations are reproducible.
 
-    A checkpoint does not hold hyper-parameters (`save_hyperparameters`), which may be classes, functions or paths: you
-    make the module again. Everything else that is saved must be tensors and plain values, because torch can read only
-    those safely. This concerns `on_save_checkpoint` and `state_dict` of the module, its data and other callbacks.
+    A checkpoint does not hold hyper-parameters (`save_hyperparameters`), which may be classes, functions or paths. To
+    continue from it, construct the module again. Everything else that is saved must be tensors and plain values,
+    because torch can read only those safely. This concerns `on_save_checkpoint` and `state_dict` of the module, its
+    data and other callbacks.
 
     A checkpoint belongs to one trial and one version of the objective. Its folder is named by the trial's number and a
     digest of the task's name, the configuration, the seed, `monitor`, `mode` and `version`. If one of these changes, no
@@ -69,9 +70,10 @@ def callback(
       max_epochs: E, the epochs of the full budget.
       monitor: the metric that the module logs once per epoch.
       mode: "min", or "max", for which the records hold the negative metric.
-      report: `(record) -> bool`, whether to stop the trial early. It is called for epochs when they are trained. To
-        keep learning curves, use `lambda r: blackbox.append_records("curves.db", [r])`. Epochs that are trained again
-        are reported again; therefore use a separate file for each objective. In an Optuna objective, use
+      report: `(record) -> bool`, whether to stop the trial early. It is called after each epoch that is trained and has
+        a finite metric, and not for epochs that are read from a checkpoint. To keep learning curves, use
+        `lambda r: blackbox.append_records("curves.db", [r])`. Epochs that are trained again are reported again;
+        therefore use a separate file for each objective. In an Optuna objective, use
         `lambda r: optuna_trial.report(r.outcome, round(r.fidelity * E)) or optuna_trial.should_prune()`.
       checkpoints: a folder; None keeps no checkpoint.
       version: the version of the objective: any text.

@@ -40,9 +40,9 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
 
     Args:
       first: a result of `few_shot.evaluate_episodes`.
-      second: a result with the same key, samplers and numbers, for other methods. Equal `marks` show that the episodes
-        are the same. If neither evaluation has marks, only the numbers of ways and shots are compared. Scores are
-        compared by the names of their functions, if both evaluations have them.
+      second: a result with the same key, the same samplers and the same number of episodes, for other methods. Equal
+        `marks` show that the episodes are the same. If neither evaluation has marks, only the numbers of ways and shots
+        are compared. Scores are compared by the names of their functions, if both evaluations have them.
 
     Returns:
       An `Evaluation` of both, starting with the first's methods, as if all had been evaluated together.
@@ -50,25 +50,29 @@ def join_evaluations(first: Evaluation, second: Evaluation) -> Evaluation:
     Raises:
       ValueError: if sources, episodes or scores differ, or if a method is in both.
     """
-    twice = [name for name in second.scores if name in first.scores]
-    if twice:
-        raise ValueError(f"The method {twice[0]!r} is in both evaluations: give one of them another name.")
+    shared_methods = [name for name in second.scores if name in first.scores]
+    if shared_methods:
+        raise ValueError(f"The method {shared_methods[0]!r} is in both evaluations: give one of them another name.")
     if first.higher_is_better != second.higher_is_better:
         raise ValueError("The evaluations cannot be compared: one has accuracies and the other errors.")
     if first.score and second.score and first.score != second.score:
         raise ValueError(
-            f"One evaluation's `score` is {first.score!r} and the other's {second.score!r}: there is nothing to "
-            "compare. Evaluate both with one `score_fn`; if only its name differs, give one evaluation the other's "
-            "(`_replace(score=...)`)."
+            f"The evaluations cannot be compared: their scores are {first.score!r} and {second.score!r}. Evaluate both "
+            "with one `score_fn`; if only its name differs, give one evaluation the other's (`_replace(score=...)`)."
         )
     for field in ("num_ways", "num_shots", "marks"):
-        one, other = getattr(first, field), getattr(second, field)
-        if set(one) != set(other):
-            raise ValueError(f"The evaluations must be of the same sources; got `{field}` of {[*one]} and {[*other]}.")
-        for source, numbers in one.items():
-            # Rounding on other machines moves the marks by far less than they differ. (NaN does not equal anything.)
-            size = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
-            if len(numbers) != len(other[source]) or not np.all(np.abs(numbers - other[source]) <= size):
+        first_numbers, second_numbers = getattr(first, field), getattr(second, field)
+        if set(first_numbers) != set(second_numbers):
+            raise ValueError(
+                f"The evaluations must be of the same sources; got `{field}` of {[*first_numbers]} and "
+                f"{[*second_numbers]}."
+            )
+        for source, numbers in first_numbers.items():
+            others = second_numbers[source]
+            # Marks of different episodes differ by far more than by rounding on another machine. (A NaN equals
+            # nothing.)
+            tolerance = 1e-2 * np.std(numbers) + 1e-6 * np.max(np.abs(numbers))
+            if len(numbers) != len(others) or not np.all(np.abs(numbers - others) <= tolerance):
                 raise ValueError(
                     f"The episodes of source {source!r} are not the same (their `{field}` differ): evaluate both with "
                     "one key, one sampler and one number of episodes."
@@ -107,7 +111,8 @@ def mean_scores(evaluation: Evaluation, *, step: int = -1) -> dict[str, dict[str
 
     Args:
       evaluation: a result of `few_shot.evaluate_episodes`.
-      step: the number of adaptation steps; −1, or a number above that of a method, means after its last step.
+      step: the number of adaptation steps. −1 means after the last step of each method. So does a number that is larger
+        than a method's number of steps.
 
     Returns:
       Method -> source -> (mean, half of the normal 95 % interval, 1.96 s / √E). The second is NaN for a single episode
@@ -213,7 +218,7 @@ def leaderboard(evaluation: Evaluation, *, step: int = -1, reference: str | None
 
     Returns:
       The tables, and a line that explains them. For each source, the best method of a table is bold. So are all methods
-      whose paired difference to it is within the 95 % interval.
+      for which the 95 % interval of the paired difference to the best one contains zero.
 
     Raises:
       KeyError: if `reference` is not one of the methods.

@@ -2,15 +2,16 @@
 
     θ_0 = init(λ, support),    θ_{t+1} = θ_t − α_t ∇_θ ℓ(θ_t, λ; support),    F(λ) = Σ_t w_t f(θ_t, λ; query)
 
-λ = {"init": the meta-parameters, "rate": α if it is learned, ...}. θ holds the leaves of the model that adapt, and None
-in place of the others, which are read from λ["init"]. Computations that no step changes are done once for the support
-set, when training starts. If only the head adapts, these are the features z = body(λ, support):
+λ = {"init": the meta-parameters, "rate": α if it is learned, ...}. θ has the structure of the model. It holds the
+leaves that adapt, and None in place of the others; ℓ and f read the others from λ["init"]. Computations that no step
+changes are done once for the support set, when training starts. If only the head adapts, these are the features
+z = body(λ, support):
 
     ℓ(θ, λ; support) = head(θ, λ, z),    dF/dλ = ∂F/∂λ + (∂z/∂λ)ᵀ ∂F/∂z,
 
-so that T steps cost T forward and backward passes through the head and one through the body. The constant part is found
-in the traced loss: all matrix products and convolutions that do not depend on an adapting leaf, in any layer.
-`_problem.py` has the start, ℓ and f; this file has the factory and the estimators.
+so that T steps cost T forward and backward passes through the head and one through the body. `_jaxpr.split` finds the
+constant part in the traced loss. It consists of the matrix products and convolutions, in any layer, that do not depend
+on an adapting leaf. `_problem.py` has the start, ℓ and f; this file has the factory and the estimators.
 """
 
 import operator
@@ -88,8 +89,8 @@ def adaptation(
         `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
       outer_loss: f on the query set, with the same arguments, `-> []`. The default is `loss` (without its model state).
       init: `(key, hyperparams, data) -> params`: θ_0 and the leaves that do not adapt. The default is λ["init"]. It may
-        add or change leaves, such as a head computed from the support set. Leaves that it makes and that do not
-        adapt stay constant. With `with_context`, `-> (params, model_state)`.
+        add or change leaves, such as a head computed from the support set. If such a leaf does not adapt, the inner
+        steps keep the value that `init` computed. With `with_context`, `-> (params, model_state)`.
       extra: additional leaves of λ, by name, with their initial values; the losses and `init` can read them.
       adapt: selects the leaves that adapt: a regular expression that is searched for in paths like "layers/0/bias".
         Leaves that do not adapt are in λ["init"], and only the outer step changes them. The default is all leaves.
@@ -97,11 +98,11 @@ def adaptation(
       rate: α, or its initial value if it is learned. A fixed rate can be anything that the optimizer takes, such as a
         schedule.
       rates: "fixed", or learned: "one" for all, one for each "leaf", or one for each "entry" (Meta-SGD).
-      rates_per_step: a learned rate has a value for each of the T steps, as its leading axis (LSLR: with "leaf"). Later
-        steps use the last value.
-      leaves_per_step: paths of leaves in λ["init"] that do not adapt and have a value for each of the T steps, as their
-        leading axis. Scales and shifts of a normalization are an example. The loss sees the value of the current step,
-        and f the value of the last step.
+      rates_per_step: whether a learned rate has a leading axis of T, with one value for each step. Steps after the T-th
+        use the last value. With `rates="leaf"` this is LSLR of MAML++.
+      leaves_per_step: a regular expression, as for `adapt`. It selects leaves in λ["init"] that do not adapt and have a
+        leading axis of T, with one value for each step. Scales and shifts of a normalization are an example. The loss
+        sees the value of the current step, and f the value of the last step.
       num_steps: T, in training; at least 0. With 0, λ["init"] is trained on the query sets without adaptation.
       test_steps: steps at test, T by default.
       order: "second"; "first" (∇ℓ is held constant: no second derivatives); or a number n, for "first" in the first n
@@ -229,7 +230,7 @@ def _unrolled_at(unrolled: _Unrolled, step: Any) -> base.Estimator:
     """The estimator of unrolled training at an outer step, by the schedules of `order` and `outer`."""
     problem, num_steps, order, _, remat = unrolled
     weights: Any = unrolled.outer
-    if callable(weights) and isinstance(step, int):  # weights are known: if only the last counts, only it is judged
+    if callable(weights) and isinstance(step, int):  # known weights: if only the last is not 0, f is evaluated once
         with jax.ensure_compile_time_eval():
             weights = np.asarray(weights(step))
     elif callable(weights):
@@ -252,6 +253,6 @@ def _held_grad(loss: Callable, has_aux: bool = False) -> Callable:
     def held(params, hyperparams, batch, context):
         args = jax.lax.stop_gradient((params, hyperparams, batch, context))
         grads, carried = jax.grad(loss, has_aux=has_aux)(*args)
-        return grads, carried._replace(made=context.model_state.made)  # f reads these leaves as it reads λ
+        return grads, carried._replace(made=context.model_state.made)  # f has derivatives through these
 
     return held

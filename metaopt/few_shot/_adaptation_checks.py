@@ -22,7 +22,9 @@ def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
             "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
         )
     if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
-        raise ValueError("Pass `num_steps` to the method and not to its `rule`: the method passes it on.")
+        raise ValueError(
+            "Pass `num_steps` to the method, which passes it on to its `rule`; do not set it in the `rule`."
+        )
 
 
 def check_hyperparams(hyperparams: Any, *, learned_rates: bool) -> None:
@@ -40,15 +42,16 @@ def check_hyperparams(hyperparams: Any, *, learned_rates: bool) -> None:
 
 
 def check_one_task(data: Any) -> None:
-    """Raises ValueError if a support set has an axis of tasks, or (unless traced) labels that are not its classes.
+    """Raises ValueError if a support set has an axis of tasks, or a label that its "class_mask" does not allow.
 
-    With an axis of tasks, all tasks would be treated as one, which is another objective.
+    Traced labels are not checked. With an axis of tasks, all tasks would be treated as one, which is another objective.
     """
     if not isinstance(data, Mapping):
         return
     _checks.check_task_labels("data", data)
     mask, y = (np.shape(data.get(name, ())) for name in ("mask", "y"))
-    # An episode has one "num_rows". Without it, labels distinguish a batch from a mask over parts of rows (tokens).
+    # An episode has a scalar "num_rows". Without it, a two-dimensional mask is either a batch of tasks, or marks parts
+    # of rows, such as tokens. It is a batch if the labels have the same two axes.
     batch = np.ndim(data["num_rows"]) > 0 if "num_rows" in data else len(mask) == 2 and y[:2] == mask
     if batch:
         raise ValueError(

@@ -16,8 +16,8 @@ from metaopt.few_shot._evaluate import AdaptFn
 from metaopt.few_shot._phase import traced_after_steps
 
 _NO_DERIVATIVE = (
-    "The outputs of `few_shot.adapted` have no derivative: it adapts without storing what a derivative needs, so that "
-    "the gradient would be 0 and wrong. Use `hypergrad.unroll(adaptation.unrolling.loop, num_steps=...)` to "
+    "The outputs of `few_shot.adapted` have no derivative: it does not store the values that reverse mode needs, so "
+    "the gradient would silently be 0. Use `hypergrad.unroll(adaptation.unrolling.loop, num_steps=...)` to "
     "differentiate through the steps, or `adaptation.estimator` for the hypergradient."
 )
 
@@ -67,14 +67,14 @@ def adapted(
             with traced_after_steps(True):
                 return predict(adaptation.params(state, fixed), query, *([context] if with_context else []))
 
-        def moves(path, _):
+        def changes_per_step(path, _):
             return not _leaves.name(path).startswith(("model_state/made", "model_state/support"))
 
         state, halves = loop.init(key, fixed, support), None
-        with contextlib.suppress(Exception):  # as for ℓ: parts for the query set that no step changes are computed once
-            halves = _jaxpr.split(outputs, (state,), (jax.tree_util.tree_map_with_path(moves, state),))
-        kept = () if halves is None else inner.im2col(halves.once, only_on_cpu=True)((state,))
-        predictions = outputs if halves is None else lambda state: halves.rest((state,), kept)
+        with contextlib.suppress(Exception):  # as for ℓ: compute once the parts of a prediction that no step changes
+            halves = _jaxpr.split(outputs, (state,), (jax.tree_util.tree_map_with_path(changes_per_step, state),))
+        constants = () if halves is None else inner.im2col(halves.once, only_on_cpu=True)((state,))
+        predictions = outputs if halves is None else lambda state: halves.rest((state,), constants)
         predictions = inner.im2col(predictions, only_on_cpu=True)
         _, after = inner.run(loop._replace(init=lambda *_: state), steps, trace_fn=predictions)(key, fixed, support)
         visited = jnp.concatenate([predictions(state)[None], after])
@@ -84,7 +84,7 @@ def adapted(
 
 
 def _check_support(support: Any) -> None:
-    """Raises ValueError if a support set has labels of another number, or labels that are texts."""
+    """Raises ValueError if the labels of a support set are texts, or if their number is not the number of rows."""
     if not isinstance(support, Mapping) or not {"x", "y"} <= support.keys():
         return
     leaves = [leaf for leaf in jax.tree.leaves(support["y"]) if not isinstance(leaf, jax.Array)]

@@ -41,16 +41,18 @@ def conv4(
 ) -> ConvNet:
     """Makes a network of blocks: a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling.
 
-        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift)),  μ and σ² per filter, over positions and
+        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift))
 
-    | normalization | the examples | inductive | |
-    |---|---|---|---|
-    | "batch" | of the batch: for a query set, the query set | no | used by MAML's published results |
-    | "support" | of the support set, for both sets | yes | |
-    | "tasknorm" | of the support set, mixed with the example itself | yes | Bronskill et al., ICML 2020 |
-    | "group" | the example itself, over 8 filters at a time | yes | Wu & He, ECCV 2018 |
-    | "layer" | the example itself, over all filters | yes | |
-    | "none" | no normalization, only a shift | yes | |
+    μ and σ² are the mean and the variance over all positions, and over these examples and filters:
+
+    | normalization | examples | filters | inductive | |
+    |---|---|---|---|---|
+    | "batch" | all of the batch: for a query set, the query set | each | no | used by MAML's published results |
+    | "support" | all of the support set, for both sets | each | yes | |
+    | "tasknorm" | the support set, mixed with the example itself | each | yes | Bronskill et al., ICML 2020 |
+    | "group" | the example itself | each of 8 groups of filters | yes | Wu & He, ECCV 2018 |
+    | "layer" | the example itself | all | yes | |
+    | "none" | no normalization, only a shift | | yes | |
 
     TaskNorm uses the moments of the mixture of both, with weights α and 1 − α. Here α = sigmoid(a |support| + b), and
     each block learns a and b. Padded rows do not enter the statistics of a set. With images of 28 × 28,
@@ -176,7 +178,8 @@ def _apply_block(layout: _Layout, block: Mapping[str, jax.Array], x: jax.Array, 
         shift = shift - mean * scale
     if layout.strided:
         return jax.nn.relu(x * scale + shift)
-    # max(relu(x scale + shift)) = relu(max(x scale) + shift): after the maximum, a quarter of the entries is left.
+    # max(relu(x scale + shift)) = relu(max(x scale) + shift). The right side is cheaper: it applies the shift and the
+    # ReLU after the maximum, to a quarter of the entries.
     sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
     x = jax.lax.reduce_window(x * sign, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     return jax.nn.relu(x * (sign * scale) + shift)
@@ -192,7 +195,7 @@ def _moments(
         repeated = lambda m: jnp.repeat(m, layout.num_filters // groups, axis=1)[:, None, None]  # of [N, groups]
         return repeated(parts.mean((1, 2, 4))), repeated(parts.var((1, 2, 4)))
     weights = (mask / mask.sum())[:, None, None, None]
-    # The mean over pixels comes first, so no number of pixels overflows.
+    # The mean over the pixels of each example comes first: the number of all pixels may overflow float16.
     mean_of = lambda x: (weights * x.mean((1, 2), keepdims=True)).sum(0, keepdims=True)
     mean = mean_of(x)
     variance = mean_of((x - mean) ** 2)

@@ -59,7 +59,7 @@ def evaluate_episodes(
     Args:
       methods: name -> `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps, such as a result of
         `adapted`.
-      samplers: source -> `key -> Episode`. A single function is named "episodes".
+      samplers: source -> `key -> Episode`. A single function is the source "episodes".
       key: the key of the episodes; every method gets the same keys.
       num_episodes: E, the number of episodes from each source; 600 is usual.
       each: U, if there is a fixed number of tasks (users, patients). Samplers are then `(key, number) -> Episode`, such
@@ -105,7 +105,7 @@ def evaluate_episodes(
         for i, (source, sample) in enumerate(samplers.items()):
             # The key depends on the source's name, so adding another source before it changes nothing.
             source_key = jax.random.fold_in(key, zlib.crc32(str(source).encode()))
-            unknown = [name for name in methods if not transductive[name]]  # one source may not show it
+            unknown = [name for name in methods if not transductive[name]]  # a later source may show it
             judged = _judge_source(run, source, sample, source_key, unknown, num_episodes * i)
             num_users = len(np.unique(judged.numbers["users"]))
             if each is not None and num_users < each:
@@ -152,32 +152,34 @@ def _judge_source(
     # Separate keys for drawing episodes, for the methods and for the order of query examples.
     num_episodes, chunk_size = run.num_episodes, run.chunk_size
     draw_keys, method_keys, order_keys = (jax.random.split(k, num_episodes) for k in jax.random.split(key, 3))
-    # An argument of the program, so that the data of a sampler that exposes them (`tasks.episodes`) are not constants.
+    # A `Partial` is an argument of the program. If the sampler is one (`tasks.episodes`), its data are arguments, too,
+    # and not constants of the program.
     sample = sample if isinstance(sample, Partial) else Partial(sample)
     draw = jax.jit(jax.vmap(functools.partial(_shuffled, run.by_number), in_axes=(None, 0, 0, 0)))
     scores: dict[str, list[np.ndarray]] = {name: [] for name in run.methods}
     numbers: dict[str, list[np.ndarray]] = {name: [] for name in ("ways", "shots", "marks", "users")}
     transductive = {}
     for done in range(0, num_episodes, chunk_size):
-        # The last chunk is filled up with episodes that are already done, so that there is one program.
+        # The last chunk repeats some earlier episodes, so that all chunks have one shape and one compiled program.
         start = min(done, num_episodes - chunk_size)
-        chunk, new = slice(start, start + chunk_size), slice(done - start, None)
-        support, query, facts = draw(sample, draw_keys[chunk], order_keys[chunk], jnp.arange(num_episodes)[chunk])
+        chunk, new_episodes = slice(start, start + chunk_size), slice(done - start, None)
+        user_numbers = jnp.arange(num_episodes)[chunk]
+        support, query, chunk_numbers = draw(sample, draw_keys[chunk], order_keys[chunk], user_numbers)
         _checks.check_task_labels("episode", {"support": support, "query": query})
         for i, (name, method) in enumerate(run.methods.items()):
             _compile_once(run, name, (method_keys[chunk], support, query))
             score, outputs = method(method_keys[chunk], support, query)
-            scores[name].append(np.asarray(score)[new])
+            scores[name].append(np.asarray(score)[new_episodes])
             if start == 0 and name in unknown:
                 outputs_of_blank = method(method_keys[chunk], support, blank(query))[1]
                 transductive[name] = differ(outputs, outputs_of_blank, query)
-            # A chunk counts in part until all methods have run.
+            # Progress: after i of M methods, the episodes of this chunk count as i / M.
             num_done = num_before + done + (i + 1) / len(run.methods) * len(scores[name][-1])
             run.report(num_done, work=f"{source}: {name}")
-        way = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
-        facts |= {"ways": way, "shots": np.asarray(support["mask"]).sum(axis=1) / way}
-        for name, of_chunk in facts.items():
-            numbers[name].append(np.asarray(of_chunk)[new])
+        num_ways = np.asarray(support["class_mask"]).sum(axis=1) if "class_mask" in support else np.ones(chunk_size)
+        chunk_numbers |= {"ways": num_ways, "shots": np.asarray(support["mask"]).sum(axis=1) / num_ways}
+        for name, values in chunk_numbers.items():
+            numbers[name].append(np.asarray(values)[new_episodes])
     joined = lambda parts: {name: np.concatenate(chunks) for name, chunks in parts.items()}
     return _Judged(joined(scores), joined(numbers), transductive)
 
@@ -203,7 +205,8 @@ def _shuffled(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns the support set, the query set in random order, and a dict with the user and a mark of the episode.
 
-    The random order of the real query examples hides their classes. The mark is a number that depends on the data.
+    The random order of the real query examples hides their classes. The mark is a number computed from all data of the
+    episode. `evaluation.join_evaluations` compares marks to see whether two evaluations used the same episodes.
     """
     episode = sample(draw_key, number) if by_number else sample(draw_key)
     _check_episode(episode)
@@ -258,8 +261,10 @@ def _scored(name: str, method: AdaptFn, score_fn: Callable) -> Callable:
         seen = {k: v for k, v in query.items() if k != "y"}
         outputs = method(key, support, seen)
         # If there are as many query examples as classes, [Q, W] could also be [steps, Q].
-        of_one = query["y"].shape[:1] + query["class_mask"].shape if "class_mask" in query else query["y"].shape
-        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == of_one:
+        shape_of_one_step = query["y"].shape
+        if "class_mask" in query:
+            shape_of_one_step = query["y"].shape[:1] + query["class_mask"].shape
+        if jnp.ndim(outputs) < 2 or outputs.shape[1] != len(query["y"]) or outputs.shape == shape_of_one_step:
             raise ValueError(
                 f"The method {name!r} must return outputs [steps + 1, {len(query['y'])}, ...], for each number of "
                 f"adaptation steps and each query example; got shape {jnp.shape(outputs)}. Without steps, return "

@@ -105,8 +105,8 @@ def _ridge_regression(
     classes = jnp.issubdtype(data["y"].dtype, jnp.integer)
     if data["y"].ndim != (1 if classes else 2):
         raise ValueError(
-            '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (of one target: '
-            f"`y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
+            '`ridge_head` takes a support set whose "y" is integers [N], or numbers [N, W] (for one target, '
+            f"pass `y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
         )
     mask = data["mask"][:, None]
     y = _one_hot(data, x.dtype) if classes else data["y"] * mask

@@ -78,7 +78,7 @@ def start(spec: Spec, key: jax.Array, hyperparams: base.HyperParams, data: Any) 
     is_made = lambda path, x: not _leaves.matches(spec.adapt, path) and x is not meta_leaves.get(path)
     made = jax.tree_util.tree_map_with_path(lambda path, x: x if is_made(path, x) else None, params)
     _adaptation_checks.check_leaves(spec, params, made, meta_leaves)
-    # `adaptation` only evaluates the shapes of θ, and passes no data if `init` does not need them.
+    # `hyperparams` of an `Adaptation` evaluates only the shapes of θ, and passes no data if `init` reads none.
     support = {name: data[name] for name in ("x", "mask")} if spec.keep_support and data is not None else None
     return _leaves.select(spec.adapt, params), Carried(model_state, made, support)
 
@@ -88,8 +88,8 @@ def start_with_constants(spec: Spec, start_fn: Callable, key: jax.Array, hyperpa
     params, carried = start_fn(key, hyperparams, data)
     args = (params, carried.made, hyperparams, data, base.Context(key, jnp.int32(0), carried.own))
     halves = _halves(spec, *args) if spec.sampler is None else None  # with a sampler, steps see fewer rows than `data`
-    once = () if halves is None else inner.im2col(halves.once, only_on_cpu=True)(args)
-    return params, carried._replace(once=tuple(once))
+    constants = () if halves is None else inner.im2col(halves.once, only_on_cpu=True)(args)
+    return params, carried._replace(once=tuple(constants))
 
 
 # ---- The inner loss --------------------------------------------------------------------------------------------------
@@ -123,19 +123,19 @@ def _model_loss(spec: Spec, params, made, hyperparams, batch, context: base.Cont
 def _halves(spec: Spec, params, made, hyperparams, batch, context: base.Context) -> _jaxpr.Halves | None:
     """Splits `_model_loss` into the part that no step changes and the rest; None if it cannot be traced."""
 
-    def moves(path, _):
+    def changes_per_step(path, _):
         argument, (name, _, leaf) = path[0].idx, _leaves.name(path[1:]).partition("/")
         if argument == 2:  # λ
             per_step = spec.leaves_per_step is not None and spec.leaves_per_step.search(leaf)
             return spec.rates_per_step if name == "rate" else name == "init" and bool(per_step)
         return argument not in (1, 3)  # `made` and `batch`
 
-    with contextlib.suppress(Exception):  # a branch on a value, or an error of the loss, which ℓ itself will raise
-        # Shapes as in the loop's state, without weak types, so that every step is split like the first.
+    with contextlib.suppress(Exception):  # the loss branches on a traced value, or fails: ℓ raises the error later
+        # The types are not weak, as in the state of the loop. So every step is split like the first one.
         like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
         args = (like(params), like(made), hyperparams, batch, like(context))
         model_loss = lambda *args: _model_loss(spec, *args)
-        return _jaxpr.split(model_loss, args, jax.tree_util.tree_map_with_path(moves, args))
+        return _jaxpr.split(model_loss, args, jax.tree_util.tree_map_with_path(changes_per_step, args))
     return None
 
 
@@ -176,7 +176,7 @@ def params_after(spec: Spec, params: base.Params, carried: Carried, meta_params:
 
 
 def outer_loss(spec: Spec, params, hyperparams, batch, context: base.Context) -> jax.Array:
-    """f."""
+    """f, the outer loss, of the leaves that adapted."""
     params = params_after(spec, params, context.model_state, hyperparams["init"])
     # Plain pre-training, without inner steps and without `init`, sees its own batch and no query set.
     with traced_after_steps(spec.num_steps > 0 or spec.init is not None):

@@ -25,8 +25,8 @@ def argmin(
     The derivative does not depend on the path of the solver, and its memory does not depend on the number of steps.
     Forward and reverse mode, jit, vmap and any nesting work. Each derivative costs one linear solve. Variables that
     `loss` closes over are differentiated too. The derivative with respect to the start is zero. The derivative is exact
-    at a strict minimum. Its error is of the order of the gradient that the solver leaves, and of the residual of the
-    linear solve.
+    at a strict minimum. Otherwise its error is of the order of the gradient of `loss` at the returned point, plus the
+    residual of the linear solve.
 
     It is `implicit_solve` for a loss without an inner loop. Use `implicit_solve` if training has batches or a state.
 
@@ -40,7 +40,7 @@ def argmin(
       solver: the solver of the linear system, whose matrix is symmetric; by default `hypergrad.cg(num_steps=100)`.
 
     Returns:
-      `(params, hyperparams, data) -> params`, from a start to the minimum.
+      `(params, hyperparams, data) -> params`, a function that maps a start to the minimum.
 
     Source: Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
 

@@ -19,7 +19,8 @@ _ROUNDED_ZERO = 1e-6  # smaller entries are zeros up to float32 rounding, such a
 # The relative rounding error of F, and the smallest `epsilon` and `rtol` that go with it.
 _NOISE_FLOAT64, _NOISE_FLOAT32 = 1e-14, 1e-6
 _EPSILON_FLOAT32, _RTOL_FLOAT32 = 1e-2, 1e-2
-_FLAT = 1e-8  # F is flat if one unit changes it by less than this fraction, unless the slope is known more precisely
+# F is flat if a step of one unit changes F by less than this fraction. Only slopes that are not known to `rtol` use it.
+_FLAT = 1e-8
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -121,10 +122,10 @@ def check(
     case ε and `rtol` are at least 1e-2.
 
     In each leaf, the check compares slopes along a direction. The slope of F comes from differences at the distances ε,
-    ε/2 and ε/4, combined so that its error is O(ε⁴). Its uncertainty is the disagreement of the three, and the
-    difference between the slopes to the left and right of λ. If it is too large, the check tries other distances and
-    another direction. It tries smaller distances (down to 1e-5 ε), since F may have a kink nearby, and larger ones (up
-    to 1e3 ε), since rounding may hide the slope. A leaf is
+    ε/2 and ε/4, combined so that its error is O(ε⁴). The uncertainty of this slope is how much the three differences
+    disagree, or the jump between the slopes to the left and right of λ if that is larger, plus rounding. If the
+    uncertainty is too large, the check tries other distances and another direction. It tries smaller distances (down to
+    1e-5 ε), since F may have a kink nearby, and larger ones (up to 1e3 ε), since rounding may hide the slope. A leaf is
 
     - "right" if the slope of F is known to `rtol`, and the hypergradient agrees to `rtol`;
     - "wrong" if they disagree by more than `rtol` and the uncertainty together;
@@ -132,8 +133,8 @@ def check(
     - "dead" if the hypergradient is zero, and F is not flat;
     - "inconclusive" if none of these holds.
 
-    The message says if jumps make up most of the change of F over the radius. Then a right hypergradient is of little
-    use, since it leaves the jumps out. If it is zero, the leaf is dead.
+    F may also have jumps. If jumps make up most of the change of F over `radius`, the message says so. A right
+    hypergradient is then of little use, since it ignores the jumps. If the hypergradient is zero, the leaf is dead.
 
     The meaning of F, and the condition to pass, depend on the estimator's kind:
 
@@ -143,8 +144,8 @@ def check(
       leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
       `check(estimator._replace(kind="exact"), ...)`.
     - "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
-      keys. It compares this mean with the mean of the values with the same keys. Slopes must agree within 3 standard
-      errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
+      keys. It compares the slope of this mean hypergradient with the slope of the mean value, for the same keys. Slopes
+      must agree within 3 standard errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
     - "pseudo": the hypergradient must be finite. The cosine is reported.
 
     Args:
@@ -191,7 +192,7 @@ class Point(NamedTuple):
       units: the unit of each leaf's steps.
       value: F(λ).
       grads: the leaves of the hypergradients, [K, ...], one for each key.
-      narrow: the operations that stay in float32.
+      float32_operations: the operations that stay in float32.
       noise: the relative rounding error of F.
       epsilon: the first step, in units.
       rtol: the largest relative error that passes.
@@ -203,7 +204,7 @@ class Point(NamedTuple):
     units: list[float]
     value: float
     grads: list[np.ndarray]
-    narrow: list[str]
+    float32_operations: list[str]
     noise: float
     epsilon: float
     rtol: float
@@ -226,7 +227,7 @@ def evaluated(
     samples, args = _samples(estimator, num_estimates), (task, estimator.init(key, hyperparams, task), keys)
     leaves, structure = jax.tree.flatten(hyperparams)
     center = [np.asarray(leaf, np.float64) for leaf in leaves]
-    both, narrow = _jaxpr.in_float64(samples, hyperparams, *args)
+    both, float32_operations = _jaxpr.in_float64(samples, hyperparams, *args)
     only_values, _ = _jaxpr.in_float64(lambda *args: samples(*args)[0], hyperparams, *args)
     gradient_fn, value_fn = jax.jit(lambda *args: both(*args)[1]), jax.jit(only_values)
 
@@ -239,11 +240,11 @@ def evaluated(
     with report_progress(None, None) as report, report.compiling("the outer loss"):
         value = mean_value(center)
     noise = _NOISE_FLOAT64
-    if narrow:
+    if float32_operations:
         noise, epsilon, rtol = _NOISE_FLOAT32, max(epsilon, _EPSILON_FLOAT32), max(rtol, _RTOL_FLOAT32)
     paths = [jax.tree_util.keystr(path) or "λ" for path, _ in jax.tree_util.tree_leaves_with_path(hyperparams)]
     units = [_unit(x) for x in center]
-    return Point(mean_value, paths, center, units, value, grads, sorted(narrow), noise, epsilon, rtol)
+    return Point(mean_value, paths, center, units, value, grads, sorted(float32_operations), noise, epsilon, rtol)
 
 
 def compared(kind: str, point: Point, num_directions: int, radius: float) -> Check:
@@ -253,8 +254,8 @@ def compared(kind: str, point: Point, num_directions: int, radius: float) -> Che
         leaves = [_check_leaf(point, rng, i, radius) for i in range(len(point.center))]
         cosine, uphill, metasmoothness = _check_directions(point, rng, num_directions, radius)
     verdict = _verdict(kind, leaves, uphill)
-    message = _advice(kind, leaves, uphill, metasmoothness, point.narrow, point.rtol)
-    return Check(kind, verdict, point.value, leaves, cosine, metasmoothness, point.narrow, message)
+    message = _advice(kind, leaves, uphill, metasmoothness, point.float32_operations, point.rtol)
+    return Check(kind, verdict, point.value, leaves, cosine, metasmoothness, point.float32_operations, message)
 
 
 def _samples(estimator: base.Estimator, num_estimates: int) -> Callable:
@@ -309,8 +310,9 @@ def _hypergrad_slope(point: Point, direction: list[np.ndarray]) -> tuple[float, 
 def _leaf_directions(point: Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
     """Two random sign vectors in one leaf.
 
-    Out of 16 vectors, the function takes the two along which the claimed slope cancels least. If the slope is random,
-    it takes the first two, since such a choice would select the largest errors.
+    Out of 16 vectors, the function takes the two with the largest claimed slopes, along which the entries of the
+    hypergradient cancel least. If the hypergradient is random (several keys), it takes the first two, since the largest
+    slopes would have the largest errors.
     """
     grads, unit = point.grads[index], point.units[index]
     signs = unit * rng.choice([-1.0, 1.0], (16, *grads.shape[1:]))
@@ -372,22 +374,22 @@ def _judge(
 def _judge_jumps(
     point: Point, function: Callable, radius: float, slope: _slopes.Slope, judged: tuple[str, str]
 ) -> tuple[str, str]:
-    """The status and the note of a leaf whose slope is known: do jumps make up most of the change of F over the radius?
+    """The status and the note of a right or zero leaf, after a test whether F changes mostly by jumps over the radius.
 
-    Between its jumps, F is smooth, and its derivative leaves the jumps out. So a right derivative may be of no use.
+    Between its jumps, F is smooth, and its derivative ignores the jumps. So a right derivative may be of no use.
     """
-    far = (function(radius) - function(-radius)) / (2 * radius)
-    if not np.isfinite(far) or 0.5 * abs(far) <= slope.value * np.sign(far) <= 2 * abs(far):
+    far_slope = (function(radius) - function(-radius)) / (2 * radius)
+    if not np.isfinite(far_slope) or 0.5 * abs(far_slope) <= slope.value * np.sign(far_slope) <= 2 * abs(far_slope):
         return judged
-    if point.narrow:  # rounding errors of float32 look like jumps
+    if point.float32_operations:  # rounding errors of float32 look like jumps
         return judged
     by_jumps, size = _slopes.change_by_jumps(function, point.value, radius, slope, point.noise)
     if abs(by_jumps) <= 0.5 * size:
         return judged
     note = (
-        f"F jumps: its slope is {slope.value:.3g} between the jumps, and {far:.3g} over the distance {radius:g}. The "
-        "hypergradient leaves out jumps, such as those of Adam's first updates, and of a random mask whose probability "
-        "depends on λ. For a mask, draw the numbers in a differentiable way, or use `hypergrad.evolution`"
+        f"F jumps: its slope is {slope.value:.3g} between the jumps, and {far_slope:.3g} over the distance {radius:g}. "
+        "The hypergradient leaves out jumps, such as those of Adam's first updates, and of a random mask whose "
+        "probability depends on λ. For a mask, draw the numbers in a differentiable way, or use `hypergrad.evolution`"
     )
     return ("dead" if judged[0] == "zero" else "right"), note
 
@@ -396,7 +398,7 @@ def _cause(point: Point, size: float, slope: _slopes.Slope, tried: list[_slopes.
     """The reason why finite differences are inconclusive."""
     value = max(abs(point.value), 1e-300)
     if slope.rounding > slope.uncertainty / 2:
-        return f"rounding hides a slope that is {size / value:.1g} of F"
+        return f"the slope is only {size / value:.1g} of F, so rounding hides it"
     noise = _slopes.noise(tried)
     if noise > 0:
         return f"F has noise of {noise / value:.1g} of its value, since something amplifies rounding errors"
@@ -442,39 +444,43 @@ def _verdict(kind: str, leaves: list[LeafCheck], uphill: str) -> str:
 
 
 def _advice(
-    kind: str, leaves: list[LeafCheck], uphill: str, metasmoothness: float, narrow: list[str], rtol: float
+    kind: str, leaves: list[LeafCheck], uphill: str, metasmoothness: float, float32_operations: list[str], rtol: float
 ) -> str:
-    words = []
+    sentences = []
     paths = {s: ", ".join(x.path for x in leaves if x.status == s) for s in {leaf.status for leaf in leaves}}
     if "not finite" in paths:
-        words.append(f"The hypergradient of {paths['not finite']}, or F, is not finite: `hypergrad.diagnose` says why.")
+        sentences.append(
+            f"The hypergradient of {paths['not finite']}, or F, is not finite: `hypergrad.diagnose` says why."
+        )
     if "dead" in paths:
-        words.append(
+        sentences.append(
             f"F depends on {paths['dead']}, and the hypergradient does not: look for a stop_gradient, a cast to "
-            "integers, a random mask, or a rule that cannot see the leaf."
+            "integers, a random mask, or a rule that does not differentiate through the leaf."
         )
     if "zero" in paths:
-        words.append(f"F does not depend on {paths['zero']} here.")
+        sentences.append(f"F does not depend on {paths['zero']} here.")
     if "wrong" in paths and kind in ("exact", "unbiased"):
-        words.append(f"It is not the derivative of F: {paths['wrong']}.")
+        sentences.append(f"It is not the derivative of F: {paths['wrong']}.")
     if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
-        words.append(
+        sentences.append(
             "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."
         )
-    words += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
-    words += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status in ("right", "dead") and leaf.note]
+    sentences += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
+    sentences += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status in ("right", "dead") and leaf.note]
     if metasmoothness < 0.5:
-        words.append("F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or ES.")
-    if narrow:
-        words.append(f"Computed in float32, so that `rtol` is {rtol:g}: {'; '.join(narrow)}.")
-    return " ".join(words) or "Nothing to remark."
+        sentences.append(
+            "F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or ES."
+        )
+    if float32_operations:
+        sentences.append(f"Computed in float32, so that `rtol` is {rtol:g}: {'; '.join(float32_operations)}.")
+    return " ".join(sentences) or "No problem was found."
 
 
 def _inconclusive(leaf: LeafCheck) -> str:
     """One sentence about an inconclusive leaf, with a way to decide it."""
     size = max(abs(leaf.hypergrad), abs(leaf.finite_difference), 1e-300)
     hidden = (leaf.uncertainty + 3 * leaf.standard_error) / size
-    way_out = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"
+    remedy = "check at another λ" if "kink" in leaf.note else "give a larger `rtol`, or another `epsilon`"
     if "standard errors" in leaf.note:
-        way_out = "give a larger `num_samples`"
-    return f"{leaf.path} is inconclusive: {leaf.note}; relative errors up to {hidden:.2g} are hidden, so {way_out}."
+        remedy = "give a larger `num_samples`"
+    return f"{leaf.path} is inconclusive: {leaf.note}; relative errors up to {hidden:.2g} are hidden, so {remedy}."

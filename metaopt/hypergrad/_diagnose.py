@@ -37,7 +37,7 @@ class Diagnosis(NamedTuple):
       products: [T] log norm of the product of Jacobians up to each step, along a random direction.
       inner_loss: [T] the inner loss ℓ.
       inner_grad_norm: [T] ‖∇θ ℓ‖ on each step's batch.
-      checked: what was checked, in words.
+      checked: the checks that `diagnose` made, in words.
     """
 
     findings: list[Finding]
@@ -49,7 +49,7 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"* {finding.what}\n  {finding.advice}" for finding in self.findings]
-        return "\n".join(lines or [f"Nothing was found. Checked: {'; '.join(self.checked)}."])
+        return "\n".join(lines or [f"No problem was found. Checked: {'; '.join(self.checked)}."])
 
 
 def diagnose(
@@ -67,14 +67,15 @@ def diagnose(
 
     One training run carries a random perturbation δ of θ, with δ_{t+1} = (∂θ_{t+1}/∂θ_t) δ_t (forward mode, one pass).
     A hypergradient through training consists of products of these Jacobians, and δ shows their growth step by step. The
-    perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm is that of both.
+    perturbation starts only in θ, and is then carried through the optimizer's state too. Its norm covers both.
 
     If training diverges, its derivative explodes or its loss does not fall, `diagnose` trains again with each positive
     leaf of λ at a tenth and at ten times its value, within the space. It names the leaves whose change repairs the run,
-    or reports that none does; of two such changes, it names the one with the lower outer loss. If it names several
-    leaves, the first one repairs the run best: its outer loss is the lowest. The noise of batches can repair a flat run
-    by chance, and a larger weight decay can hide a rate that is too large. This takes up to two more
-    runs for each leaf, without another compilation. It is omitted for more than 8 such leaves.
+    or reports that none does. If both changes of a leaf repair the run, it names the one with the lower outer loss. If
+    it names several leaves, the first one repairs the run best: its outer loss is the lowest. If the loss is flat, the
+    noise of batches can make a change look like a repair. A larger weight decay can hide a rate that is too large. The
+    search takes up to two more runs for each leaf, without another compilation. `diagnose` skips it if there are more
+    than 8 such leaves.
 
     Args:
       problem: the problem to tune. Its inner loss must be differentiable in forward mode.
@@ -148,7 +149,7 @@ class _Judged(NamedTuple):
       outer: the outer loss at the end.
       first_bad: the first step whose loss or gradient is not finite, or None.
       kept: [t] the growth before that step.
-      settled: [t'] the end of `kept`: the perturbation needs some steps to turn into the direction that grows.
+      settled: [t'] the last four fifths of `kept`. Before them, the perturbation turns into the direction that grows.
       rate: the mean of `settled`; NaN if it is empty.
     """
 
@@ -207,7 +208,8 @@ def _perturbed_run(
     def floats_of(state):
         return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
 
-    # Only θ is perturbed; optimizer states follow. `iterate` of a state of indices gives the places of θ.
+    # Only θ is perturbed; optimizer states follow. If each leaf of the state is replaced with its index, `loop.iterate`
+    # returns the indices of θ.
     is_param = set(jax.tree.leaves(loop.iterate(structure.unflatten(list(range(len(leaves)))))))
     noise = [
         jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype) if i in is_param else jnp.zeros_like(x)
@@ -237,12 +239,12 @@ def _perturbed_run(
 
 def _divergence(first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
-    what = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
+    problem_text = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
-        return Finding(f"Before any step, {what}", advice)
+        return Finding(f"Before any step, {problem_text}", advice)
     advice = "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer."
-    return Finding(f"Training diverges: {what}", advice)
+    return Finding(f"Training diverges: {problem_text}", advice)
 
 
 def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
@@ -289,15 +291,15 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
     if after >= first:
         is_too_large = _explodes(judged, num_steps) or after > 2 * first
         direction = "large" if is_too_large else "small or too large"
-        what = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
-        return [Finding(what, f"The rate is too {direction} for this many steps.")]
-    # Smaller differences of the loss are rounding errors, and their shares have no meaning.
+        problem_text = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
+        return [Finding(problem_text, f"The rate is too {direction} for this many steps.")]
+    # Differences of the loss below this bound are rounding errors.
     rounding = 100 * np.finfo(loss.dtype).eps * abs(first)
     if num_steps >= 20 and before - after > max(0.05 * (first - after), rounding):
         return [
             Finding(
-                "The inner loop has not converged: the last tenth of the steps still lowered ℓ by "
-                f"{before - after:.3g} of {first - after:.3g} in all; ‖∇θ ℓ‖ = {steps.grad_norm[-1]:.3g}.",
+                "The inner loop has not converged: the last tenth of the steps lowered ℓ by "
+                f"{before - after:.3g}, out of {first - after:.3g} in total; ‖∇θ ℓ‖ = {steps.grad_norm[-1]:.3g}.",
                 "An implicit rule is biased here: train longer, or take `unrolled`, which needs no convergence.",
             )
         ]
@@ -307,33 +309,35 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_leaves(
     run: Callable, hyperparams: base.HyperParams, space: base.PyTree | None, num_steps: int, report: Report
 ) -> list[Finding]:
-    """Leaves of λ of which another value repairs the run, or one finding that there is none."""
+    """Findings on leaves of λ for which another value repairs the run, or one finding that no leaf does."""
     is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
     if is_unconstrained and space is None:
         return [Finding("No other λ was tried: its space is unknown.", "Pass `space`.")]
-    natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
-    leaves, structure = jax.tree_util.tree_flatten_with_path(natural)
+    in_natural_units = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
+    leaves, structure = jax.tree_util.tree_flatten_with_path(in_natural_units)
     positive = [i for i, (_, leaf) in enumerate(leaves) if _is_positive(leaf)]
     repairs, tried = [], []
     for i in positive if len(positive) <= MAX_LEAVES else []:
-        name, mended = f"λ{jax.tree_util.keystr(leaves[i][0])}", {}
-        for factor, words in ((1 / FACTOR, "a tenth"), (FACTOR, "ten times")):
+        name, findings_by_loss = f"λ{jax.tree_util.keystr(leaves[i][0])}", {}
+        for factor, amount in ((1 / FACTOR, "a tenth of"), (FACTOR, "ten times")):
             changed = [leaf * factor if k == i else leaf for k, (_, leaf) in enumerate(leaves)]
             changed = structure.unflatten(changed)
             try:
                 coordinates = None if space is None else spaces.to_unconstrained(space, changed)
             except ValueError:  # outside of the space
                 continue
-            with report.during(f"training with {name} at {words}"):
+            with report.during(f"training with {amount} {name}"):
                 judged = run(_like(coordinates if is_unconstrained else changed, hyperparams))
-            tried.append(f"{words} of {name}" if factor < 1 else f"{words} {name}")
+            tried.append(f"{amount} {name}")
             if _is_sound(judged, num_steps):
-                what = f"{name} is likely the cause: with {words} of it, training is finite and the inner loss falls."
-                finding = Finding(what, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
-                mended[float(judged.outer)] = finding
-        # A loss that is flat but for the noise of batches also falls by chance.
-        repairs += [min(mended.items())] if mended else []
-    findings = [finding for _, finding in sorted(repairs)]  # first the leaf with which the outer loss is lowest
+                problem_text = (
+                    f"{name} is likely the cause: with {amount} its value, training is finite and the inner loss falls."
+                )
+                finding = Finding(problem_text, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
+                findings_by_loss[float(judged.outer)] = finding
+        # Both changes may repair a run: a loss that is flat except for the noise of batches also falls by chance.
+        repairs += [min(findings_by_loss.items())] if findings_by_loss else []
+    findings = [finding for _, finding in sorted(repairs)]  # first the leaf whose change gives the lowest outer loss
     return findings or [_no_remedy(len(positive), tried)]
 
 
@@ -342,10 +346,12 @@ def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
         advice = "Change several leaves, or one by more than a factor of ten. Or look at the data and the losses."
         return Finding(f"No change of one leaf of λ repairs the run. Tried: {', '.join(tried)}.", advice)
     if num_positive > MAX_LEAVES:
-        what = f"it has {num_positive} positive leaves, and at most {MAX_LEAVES} are tried."
+        problem_text = f"λ has {num_positive} positive leaves, and `diagnose` tries at most {MAX_LEAVES}."
+    elif num_positive:
+        problem_text = "a tenth and ten times the value of each positive leaf are outside the space."
     else:
-        what = "a tenth and ten times are outside the space." if num_positive else "no leaf is positive."
-    return Finding(f"No other λ was tried: {what}", "Try others by hand, or look at the data and the losses.")
+        problem_text = "no leaf is positive."
+    return Finding(f"No other λ was tried: {problem_text}", "Try others by hand, or look at the data and the losses.")
 
 
 def _is_positive(leaf: Any) -> bool:
@@ -361,27 +367,27 @@ def _like(tree: base.PyTree, reference: base.PyTree) -> base.PyTree:
 def _findings_of_bounds(space: base.PyTree, hyperparams: base.HyperParams) -> list[Finding]:
     """Leaves of λ that are at a bound of their range."""
     is_unconstrained = isinstance(hyperparams, spaces.Unconstrained)
-    natural = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
+    in_natural_units = spaces.to_constrained(space, hyperparams) if is_unconstrained else hyperparams
     return [
         Finding(
             f"λ{jax.tree_util.keystr(path)} is at a bound of its range ({int(np.sum(leaf))} entries).",
             "Widen the range, or fix the leaf.",
         )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, natural))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, in_natural_units))
         if np.any(leaf)
     ]
 
 
 def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates, report: Report) -> list[Finding]:
-    """Problems that an estimator's own numbers reveal."""
+    """Problems that the hypergradients and metrics of an estimator reveal."""
 
-    def again(state, _):
+    def next_estimate(state, _):
         estimate, state = estimator.estimate(hyperparams, task, state)
         return state, estimate
 
     start = estimator.init(key, hyperparams, task)
     with report.compiling(f"{num_estimates} estimates"):
-        run = jax.jit(lambda state: jax.lax.scan(again, state, length=num_estimates)[1]).lower(start).compile()
+        run = jax.jit(lambda state: jax.lax.scan(next_estimate, state, length=num_estimates)[1]).lower(start).compile()
     with report.during(f"{num_estimates} estimates"):
         estimates = jax.tree.map(np.asarray, run(start))
     findings = []
@@ -391,7 +397,8 @@ def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates, rep
             findings.append(
                 Finding(
                     f"The hypergradient of {name} is not finite.",
-                    "Look at the finding on training above; a NaN in the loss at zero (√0, 0/0) has this effect too.",
+                    "See the finding on training above, if there is one. A derivative that is NaN at zero (√0, 0/0) "
+                    "has this effect too.",
                 )
             )
         elif not leaf.any():
@@ -412,9 +419,9 @@ def _findings_of_estimator(estimator, key, hyperparams, task, num_estimates, rep
         if not residual <= 0.1 * scale:
             findings.append(
                 Finding(
-                    f"The linear solve is not done: {name} = {residual:.3g} of {scale:.3g} after {num_estimates} "
-                    "estimates.",
-                    "More solver steps, a warm start, damping, or (Neumann, adjoint steps) a rate below 2 / λmax.",
+                    f"The linear solve has not converged: {name} = {residual:.3g} of {scale:.3g} after "
+                    f"{num_estimates} estimates.",
+                    "Use more solver steps, a warm start, damping, or (Neumann, adjoint steps) a rate below 2 / λmax.",
                 )
             )
     return findings

@@ -15,8 +15,9 @@ def direct(loss: Callable) -> base.Estimator:
 
     Use it for predictors trained on records of past trials, for losses that solve their own inner problem (`unroll`, a
     closed form), and for ordinary training of λ. It works under jit, vmap and further differentiation if `loss` does.
-    The memory is that of the reverse pass of `loss`. If `loss` trains in a `lax.scan`, this is everything in each
-    step; `jax.checkpoint(step)` stores only the states between the steps, and computes each step once more.
+    The memory is that of the reverse pass of `loss`. If `loss` trains in a `lax.scan`, it stores all intermediate
+    values of every step. With `jax.checkpoint(step)`, it stores only the states between the steps, and computes each
+    step once more.
 
     `fit(space=...)` passes unconstrained coordinates to `loss`. Convert them to λ in its first line, by
     `spaces.to_constrained(space, z)`.

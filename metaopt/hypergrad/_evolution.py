@@ -28,7 +28,7 @@ class ParticlesState(NamedTuple):
     Attributes:
       inner: the inner loops' states, with leading axes [N, 2]; λ + σε comes first.
       perturbation: ε of the next window, like λ with a leading axis of N.
-      score: the factor of that window's losses, a sum of ε; like λ with a leading axis of N.
+      score: the factor that multiplies that window's losses, a sum of ε; like λ with a leading axis of N.
       key: the PRNG key for later estimates.
     """
 
@@ -64,7 +64,7 @@ def pairs(hyperparams: base.HyperParams, sigma: base.HyperParams, perturbation: 
 
 
 def over_pairs(function: Callable) -> Callable:
-    """`function(hyperparams, argument of one pair, argument of all)`, over N pairs and their two members."""
+    """Maps `function(hyperparams, argument of the pair, shared argument)` over N pairs and the two members of each."""
     return jax.vmap(jax.vmap(function, (0, None, None)), (0, 0, None))
 
 
@@ -106,7 +106,7 @@ def _window(problem, num_steps, outer):
 
 
 def _particles(problem, window, sigma, num_pairs, renew):
-    """`init`, and a function `(hyperparams, task, state) -> (Estimate, state)` for one window, which is never done.
+    """`init`, and a function `(hyperparams, task, state) -> (Estimate, state)` for one window; its `done` is False.
 
     The rules differ in `renew(ε, fresh ε, score)`, which returns `(ε, score)` of the next window.
     """
@@ -229,8 +229,8 @@ def persistent_es(
     perturbations. If the L_w have similar gradients, `es_single` has less variance.
 
     The notes of `evolution` on differentiability, coordinates, tasks and non-finite losses apply here too. A particle
-    stays non-finite until its slot ends, which `over_tasks` and the learner ensure. Memory: 2N inner states, with 2N
-    training runs at once.
+    that became non-finite stays non-finite until its slot restarts. `over_tasks` ends such a slot, and the learner
+    restarts it. Memory: 2N inner states, with 2N training runs at once.
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

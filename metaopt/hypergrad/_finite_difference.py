@@ -48,12 +48,12 @@ def start(problem: base.Problem, rule: str) -> base.EstimatorInitFn:
     return init
 
 
-def _apart(loop, state, hyperparams, data) -> bool:
-    """Whether to take gradients in bodies of loops and branches, so that all gradients share the memory of one.
+def _in_separate_bodies(loop, state, hyperparams, data) -> bool:
+    """Whether to compute each gradient inside the body of a loop or branch, so that all share the memory of one.
 
     XLA's CPU compiler gives each gradient in one computation its own memory, even if one gradient depends on another.
     Above 32 MiB, the C library maps this memory again at every call, which can take as long as the gradients do. Small
-    losses are faster without such bodies. Convolutions are slow in bodies, except those of `inner.im2col`.
+    losses are faster without such bodies. Convolutions are slow inside them, except those of `inner.im2col`.
     """
     if jax.default_backend() != "cpu":
         return False
@@ -65,14 +65,14 @@ def _apart(loop, state, hyperparams, data) -> bool:
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in outputs) > LARGE
 
 
-def _train(loop, state, hyperparams, data, *, num_steps, argnums, apart):
-    """The state before the last of `num_steps` steps, its gradient by `argnums` of the loss, and the model state."""
+def _train(loop, state, hyperparams, data, *, num_steps, argnums, in_separate_bodies):
+    """The state before the last of `num_steps` steps, the loss's gradient in `argnums` there, and the model state."""
 
     def gradient(state):
         args = loop.iterate(state), hyperparams, loop.batch(state, data), loop.context(state)
         return jax.grad(loop.loss, argnums, has_aux=True)(*args)
 
-    if not apart:
+    if not in_separate_bodies:
         state = jax.lax.fori_loop(0, num_steps - 1, lambda _, s: inner.step(loop, s, hyperparams, data), state)
         return state, *gradient(state)
 
@@ -103,9 +103,15 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
     """
     loop = problem.loop
     one_sided = difference == "forward" and epsilon is not None
-    apart = _apart(loop, state, hyperparams, task.train)
+    in_separate_bodies = _in_separate_bodies(loop, state, hyperparams, task.train)
     state, grads, model_state = _train(
-        loop, state, hyperparams, task.train, num_steps=num_steps, argnums=(0, 1) if one_sided else 0, apart=apart
+        loop,
+        state,
+        hyperparams,
+        task.train,
+        num_steps=num_steps,
+        argnums=(0, 1) if one_sided else 0,
+        in_separate_bodies=in_separate_bodies,
     )
     grads, hyper_grad_here = grads if one_sided else (grads, None)
     params, batch, context = loop.iterate(state), loop.batch(state, task.train), loop.context(state)
@@ -134,14 +140,15 @@ def one_step(problem, state, hyperparams, task, key, *, num_steps=1, epsilon, ar
         hyper_grad_at = lambda size: hyper_grad(optax.tree.add_scale(origin, size, u))
         if one_sided:
             return jax.tree.map(lambda a, b: (a - b) / size, hyper_grad_at(size), hyper_grad_here)
-        if not apart:
+        if not in_separate_bodies:
             return jax.tree.map(lambda a, b: (a - b) / (2 * size), hyper_grad_at(size), hyper_grad_at(-size))
         both = jax.lax.map(hyper_grad_at, jnp.stack([size, -size]))
         return jax.tree.map(lambda x: (x[0] - x[1]) / (2 * size), both)
 
-    # The branch saves memory (see `_apart`). NaN takes the same branch, so that it is not hidden.
+    # The branch saves memory (see `_in_separate_bodies`). If the norm is NaN, the product is computed, so that the NaN
+    # stays visible.
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(product))
-    mixed = jax.lax.cond(norm != 0, product, zeros) if apart else product()
+    mixed = jax.lax.cond(norm != 0, product, zeros) if in_separate_bodies else product()
     hypergrad = jax.tree.map(lambda h, m, x: (h + m + x).astype(h.dtype), direct, through_model_state, mixed)
     return value, hypergrad, state, ahead, norm
 
@@ -186,13 +193,13 @@ def darts_fd(
         ε = 0.01, softplus, forward             0.02                0.08
 
     The last two rows replace every ReLU with softplus. `epsilon=None` has no such error, and takes about a tenth more
-    time there.
+    time on this supernet.
 
     Besides the committed steps, an estimate costs four gradients: ∇θ ℓ, ∇θ f, and two ∇λ ℓ. The forward difference
     costs three, since the backward pass of ∇θ ℓ gives ∇λ ℓ at θ too. A model state costs one more pullback. The memory
-    is that of one gradient. If λ only weights examples (`inner.weighted`), a ∇λ ℓ is one forward pass. `epsilon=None`
-    then takes the product exactly, by one Jacobian-vector product of this pass. The estimate itself is not meant to be
-    differentiated.
+    is that of one gradient. If λ only weights examples (`inner.weighted`), a ∇λ ℓ costs one forward pass.
+    `epsilon=None` then takes the product exactly, by one Jacobian-vector product of this pass. The estimate itself is
+    not meant to be differentiated.
 
     Args:
       problem: λ must enter the inner loss, the optimizer or the outer loss. Both points use the same batch and noise.
@@ -211,7 +218,7 @@ def darts_fd(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 7 and 8.
     """
-    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     if difference not in DIFFERENCES:
         raise ValueError(f"`difference` must be one of {', '.join(DIFFERENCES)}; got {difference!r}.")
     loop = problem.loop

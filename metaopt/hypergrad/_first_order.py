@@ -37,8 +37,8 @@ class F2saState(NamedTuple):
 
 _REASON = (
     "neither the gradient of the inner loss nor the outer loss depends on them, only the initialization or the "
-    "optimizer's update does, and the least inner loss does not depend on the path to it. Use `hypergrad.unrolled` for "
-    "them, or fix them (`spaces.fixed`)."
+    "optimizer's update does, and the minimum of the inner loss does not depend on the path to it. Use "
+    "`hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
 )
 
 
@@ -55,11 +55,11 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
         z ← z − rate · ∇θ ℓ(z, λ),    y ← y − rate · (∇θ ℓ(y, λ) + ∇θ f(y, λ)/μ),    `num_steps` times,
         hypergrad = ∇λ f(y, λ) + μ (∇λ ℓ(y, λ) − ∇λ ℓ(z, λ)).
 
-    y descends f + μ ℓ divided by μ, so that the loop's optimizer suits both runs. Both runs continue from one estimate
-    to the next. At their minima, the hypergradient is the gradient of min_y f + μ (ℓ − min_z ℓ), whose distance from
-    dF/dλ is O(1/μ). Before convergence, an error e in y or z adds μ |∂²ℓ/∂λ∂θ| e. So μ should grow while they converge.
-    With minibatches, both runs use the same batches and noise, since μ multiplies their difference. The variance still
-    grows with μ.
+    The run of y descends (f + μ ℓ)/μ, so that the loop's optimizer suits both runs. Both runs continue from one
+    estimate to the next. At their minima, the hypergradient is the gradient of min_y f + μ (ℓ − min_z ℓ), whose
+    distance from dF/dλ is O(1/μ). Before convergence, an error e in y or z adds μ |∂²ℓ/∂λ∂θ| e. So μ should grow while
+    they converge. With minibatches, both runs use the same batches and noise, since μ multiplies the difference of
+    their gradients. The variance still grows with μ.
 
     The cost is three gradients per inner step and three ∇λ per estimate. The memory is that of one gradient and two
     inner states.
@@ -141,7 +141,7 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
         z = Φ^num_steps(θ, λ)  (no derivative),    q(θ, λ) = ℓ(θ, λ) − ℓ(z, λ),    ∇ over (θ, λ) together,
         μ = max(0, η − ⟨∇f, ∇q⟩/‖∇q‖²),    θ ← θ − rate · (∇θ f + μ ∇θ q),    hypergrad = ∇λ f + μ ∇λ q.
 
-    μ is the smallest multiplier with which the step lowers q at the rate η‖∇q‖², so no penalty must be tuned. The
+    μ is the smallest multiplier with which the step lowers q at the rate η‖∇q‖², so you need not tune a penalty. The
     hypergradient has the form of the one in `f2sa`, with θ instead of y. With constant step sizes, θ circles around the
     inner minimum. μ is then about the inverse of the step sizes, and the bias is of the order of the step sizes. So the
     inner and the outer rate should decay. z must be near the inner minimum, so `num_steps` should grow as the rate
@@ -157,8 +157,8 @@ def bome(problem: base.Problem, *, num_steps: int, barrier: float = 0.5) -> base
       barrier: η, positive; a larger η follows the inner minimum more closely.
 
     Returns:
-      An `Estimator` of kind "biased" that never ends by itself. Its value is f before the step, of
-      `loop.params`: with a schedule-free optimizer, ∇f is taken at another θ. Metrics: "multiplier", which is μ, and
+      An `Estimator` of kind "biased" that never ends by itself. Its value is f at `loop.params` before the step. ∇f is
+      taken at `loop.iterate`, which differs with a schedule-free optimizer. Metrics: "multiplier", which is μ, and
       "gap", which is q.
 
     Raises:

@@ -48,7 +48,8 @@ def _count(jaxpr: Any, products_only: bool) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params, outputs = equation.primitive.name, equation.params, sum(map(_size, equation.outvars))
-        # A linear solve runs only its solver; its products and its transpose serve derivatives.
+        # A linear solve runs only its jaxpr `solve`. Its other jaxprs, the products and the transposed solve, serve
+        # derivatives.
         is_solve = name == "custom_linear_solve"
         inner_jaxprs = [params["jaxprs"].solve.jaxpr] if is_solve else list(_jaxpr.inner_jaxprs(equation))
         if name == "dot_general":

@@ -63,7 +63,8 @@ def _advanced(
     def advance(floats, hyperparams):
         return _trees.split(inner.step(loop, _trees.merge(floats, rest), hyperparams, data, grad=grad))
 
-    # The other leaves have no tangent. The linear map holds the step's values, so nothing is computed n times.
+    # Leaves that are not floating-point have no tangent. The linear map holds the intermediate values of the step, so
+    # they are computed once and not once for each of the n tangents.
     floats, linear, rest = jax.linearize(advance, floats, hyperparams, has_aux=True)
     return _trees.merge(floats, rest), _pushed(linear, tangents, basis, chunk=chunk)
 
@@ -81,13 +82,13 @@ def forward(
         F(λ) = Σ_{t=1..T} w_t f(θ_t(λ), λ)
 
     The estimate equals that of `unrolled` with the same key. Each step is linearized once, and this linear map is
-    applied to a tangent for each of the n entries of λ. In matrix products, a tangent of a layer costs twice the
-    layer's plain step. For the first layer, whose inputs have no tangent, it costs as much as the plain step. The
-    memory is n + 1 times that of the state, for any T. The rule works under jit, vmap and further forward
-    differentiation. Reverse differentiation of it would store every step.
+    applied to a tangent for each of the n entries of λ. Counted in matrix products, one tangent through a layer costs
+    twice as much as the layer's plain step. In the first layer, whose inputs have no tangent, it costs as much as the
+    plain step. The memory is n + 1 times that of the state, for any T. The rule works under jit, vmap and further
+    forward differentiation. Reverse differentiation of it would store every step.
 
-    For hyperparameter schedules over a long horizon, with one value per window of steps (non-greedy, as in FDS), use
-    `forward(inner.piecewise(problem, num_windows, num_steps=T), num_steps=T)`.
+    For hyperparameter schedules over a long horizon, with one value per window of steps (non-greedy, as in the FDS of
+    Micaelli & Storkey), use `forward(inner.piecewise(problem, num_windows, num_steps=T), num_steps=T)`.
 
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.

@@ -10,8 +10,8 @@ from metaopt import _checks, base
 from metaopt.hypergrad import _refusals
 
 _REASON = (
-    "it needs leaves that enter the optimizer's update and not the inner loss, which would otherwise judge itself. Use "
-    "`hypergrad.lookahead` or `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
+    "each leaf must enter the optimizer's update and must not enter the inner loss, since the inner loss is the "
+    "criterion here. Use `hypergrad.lookahead` or `hypergrad.unrolled` for them, or fix them (`spaces.fixed`)."
 )
 
 
@@ -56,7 +56,7 @@ def hypergradient_descent(problem: base.Problem, *, horizon: int | None = None) 
 
     Source: Baydin et al., ICLR 2018, https://arxiv.org/abs/1703.04782
     """
-    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     loop = problem.loop
 
     def evaluate(state, hyperparams, data):

@@ -56,24 +56,23 @@ def implicit(
 
     - θ is not at rest. The bias is of the order of ‖R‖, which is `metrics["inner_grad_norm"]` (or `"inner_step_norm"`).
       `training.fit` logs a warning once if ‖R‖ is large compared with ‖∂f/∂θ‖. With `condition="step"`, R has the unit
-      of θ, so `fit` compares an estimate of the change of ∂f/∂θ between θ and the fixed point instead. This is
-      `metrics["outer_grad_shift"]`, and costs one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a
-      second derivative.
+      of θ. So `fit` instead compares `metrics["outer_grad_shift"]`, an estimate of how much ∂f/∂θ changes between θ and
+      the fixed point. It costs one more product with Aᵀ and one with ∂²f/∂θ². So f must then have a second derivative.
     - The linear solve is not exact. The bias is −(∂R/∂λ)ᵀ A⁻¹ (Av − ∂f/∂θ). `metrics["adjoint_residual"]` is
       ‖(A + δI) v − ∂f/∂θ‖.
-    - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. It helps
-      if A is nearly singular, or if θ is not at rest and A has negative eigenvalues above −δ.
+    - Damping. The bias is δ (∂R/∂λ)ᵀ (A + δI)⁻¹ A⁻¹ ∂f/∂θ: damping hides the contribution of flat directions. Damping
+      helps if A is nearly singular, or if θ is not at rest and A has negative eigenvalues above −δ.
     - A is sampled, and the mean of an inverse is not the inverse of the mean. To second order in Δ = A_batch − A, the
       mean of v is too large by A⁻¹ E[Δ A⁻¹ Δ] v. Averaging over estimates does not remove this bias; larger batches do.
     - With `condition="gradient"`, the outer loss reads model state (batch statistics). The dependence of this state on
       θ and λ is ignored; `condition="step"` includes it.
 
-    R is linearized once per estimate. Each product with A runs that linear program, and costs about as much as two
-    gradients of ℓ without their nonlinear part. The memory is that of one second-order gradient plus the solver's
-    memory, and does not depend on the number of training steps. Time and memory do not depend on the number of λ:
-    thousands cost as much as one. The rounding error, relative to the norm of the hypergradient, is about κ times the
-    machine precision, where κ is the condition number of A + δI: in float32, 1e-7 κ. This holds if the solve and the
-    training have converged as far as float32 allows.
+    R is linearized once per estimate, which stores the nonlinear values. Each product with A runs only the linear
+    program. It costs about as much as two gradients of ℓ without their nonlinear part. The memory is that of one
+    second-order gradient plus the solver's memory, and does not depend on the number of training steps. Time and memory
+    do not depend on the number of λ: thousands cost as much as one. The rounding error, relative to the norm of the
+    hypergradient, is about κ times the machine precision, where κ is the condition number of A + δI: in float32, 1e-7
+    κ. This holds if the solve and the training have converged as far as float32 allows.
 
     Args:
       problem: its `loop.loss` is ℓ, its `outer_loss` is f. Each leaf of λ must enter one of them. A rate and a penalty
@@ -94,7 +93,7 @@ def implicit(
       gauss_newton: `(outputs_fn, loss_fn)` with ℓ = loss_fn(outputs_fn(θ, λ, batch, context), λ, batch, context).
         A is then Jᵀ (∂²loss_fn/∂outputs²) J with J = ∂outputs/∂θ. For any network, this A is positive semidefinite if
         loss_fn is convex in the outputs. It is exact if the outputs are linear in θ or the slopes ∂loss_fn/∂outputs are
-        zero. The mixed product always uses ℓ itself. If a penalty depends on θ, include θ in the outputs. λ is the
+        zero. The product (∂R/∂λ)ᵀ v always uses ℓ itself. If a penalty depends on θ, include θ in the outputs. λ is the
         problem's λ: after `spaces.constrain` it is unconstrained.
       warm_start: continues from θ and v of the last estimate, so that both follow a slowly moving λ. Otherwise, every
         estimate trains from a fresh start and is `done`.
@@ -102,7 +101,7 @@ def implicit(
 
     Returns:
       An `Estimator` of kind "biased", since it is exact only in the limit. `hypergrad` is in outer loss per unit of λ.
-      The estimate itself is not meant to be differentiated (`implicit_solve` is). Metrics: the two norms above,
+      The estimate itself is not meant to be differentiated (`implicit_solve` is). Metrics: those above,
       "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
@@ -117,7 +116,7 @@ def implicit(
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
     _stationary.check(damping, batch, condition)
-    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     if horizon and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")
     if gauss_newton is not None and condition == "step":
@@ -200,7 +199,7 @@ def _estimate(
 
 
 def _outer_grad_shift(outer_grad: Callable, x: Any, residual: Any, transposed_product: Any) -> jax.Array:
-    """[], estimates how much ∂f/∂x differs at rest: ‖(∂²f/∂x²) Δx‖, with Δx = κ R and κ = ‖R‖² / ⟨R, A R⟩.
+    """Estimates how much ∂f/∂x would change until rest, []: ‖(∂²f/∂x²) Δx‖, with Δx = κ R and κ = ‖R‖² / ⟨R, A R⟩.
 
     κ is the inverse of A's Rayleigh quotient at the residual R. `transposed_product` is Aᵀ R.
     """

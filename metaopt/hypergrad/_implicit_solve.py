@@ -12,9 +12,10 @@ from metaopt.hypergrad import _refusals, _solvers, _stationary
 
 
 def shielded(function: Callable) -> Any:
-    """Evaluates `function()` without a derivative, also for the variables that it closes over, and without its cost.
+    """Evaluates `function()` without a derivative, also with respect to the variables that it closes over.
 
-    If only the result were wrapped in `stop_gradient`, JAX would still compute or store the tangents of all its steps.
+    Its cost is that of the plain function. If only the result were wrapped in `stop_gradient`, JAX would still compute
+    or store the tangents of all its steps.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
     leaves = _jaxpr.jaxpr_as_fun(closed.replace(consts=jax.lax.stop_gradient(closed.consts)))()
@@ -25,14 +26,14 @@ def _refusing_zero(
     hyperparams: base.HyperParams, in_training: list[bool], in_residual: list[bool], condition: str
 ) -> jax.Array:
     """0, whose derivative raises a ValueError for each leaf of λ that training depends on and R does not."""
-    zero = jnp.zeros([])
-    why = _stationary.reason(condition, "depends on them")
+    guard = jnp.zeros([])
+    reason_text = _stationary.reason(condition, "depends on them")
     leaves = zip(_refusals.paths(hyperparams), jax.tree.leaves(hyperparams), in_training, in_residual, strict=True)
-    for path, leaf, trains, rests in leaves:
-        if trains and not rests:
-            message = f"An implicit rule cannot answer for the leaves {path} of λ: {why}"
-            zero = zero + _jaxpr.refuse_derivative(jnp.zeros([]), leaf, message)
-    return zero
+    for path, leaf, enters_training, enters_residual in leaves:
+        if enters_training and not enters_residual:
+            message = f"An implicit rule cannot estimate the hypergradient of the leaves {path} of λ: {reason_text}"
+            guard = guard + _jaxpr.refuse_derivative(jnp.zeros([]), leaf, message)
+    return guard
 
 
 def implicit_solve(
@@ -107,11 +108,11 @@ def implicit_solve(
         trained = shielded(lambda: train(hyperparams, train_key, data))
         in_training = _jaxpr.used_leaves(one_step, hyperparams, train_key, data)
         in_residual = _jaxpr.used_leaves(residual_at, hyperparams, trained, batch_key, data)
-        zero = _refusing_zero(hyperparams, in_training, in_residual, condition)
+        guard = _refusing_zero(hyperparams, in_training, in_residual, condition)
         x, put, residual = at_rest(trained, batch_key, data)
 
         def function(x):
-            return jax.tree.map(lambda r: r + zero.astype(r.dtype), residual(x, hyperparams))
+            return jax.tree.map(lambda r: r + guard.astype(r.dtype), residual(x, hyperparams))
 
         def tangent_solve(linear, y):
             matvec = lambda v: optax.tree.add_scale(linear(v), damping, v)
@@ -124,7 +125,8 @@ def implicit_solve(
 
         already_solved = lambda function, x: x
         state = put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
-        # Leaves outside x, such as statistics, have no implicit derivative: they must refuse the same leaves of λ.
-        return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype) if _trees.is_float(leaf) else leaf, state)
+        # Leaves outside x, such as statistics, have no implicit derivative. Adding `guard` makes their derivatives
+        # raise the same errors.
+        return jax.tree.map(lambda leaf: leaf + guard.astype(leaf.dtype) if _trees.is_float(leaf) else leaf, state)
 
     return solve

@@ -57,7 +57,7 @@ def lookahead(
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
-    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     _unroll.check_steps(num_steps, remat)
     loop = problem.loop
 

@@ -32,7 +32,10 @@ def _mix(es: jax.Array, exact: jax.Array) -> tuple[jax.Array, jax.Array]:
     exact = jnp.where(finite, exact, 0)
 
     def variance(x):
-        """For each i, the trace of the others' covariance, up to a common factor: all squares minus the share of i."""
+        """For each i, the trace of the covariance of the other estimates, up to a common factor.
+
+        It is the sum of all squared deviations from the mean, minus the part of estimate i.
+        """
         squares = ((x - x.mean(0, keepdims=True)) ** 2).reshape(num, -1).sum(1)
         return jnp.maximum(squares.sum() - squares * num / (num - 1), 0)
 
@@ -55,9 +58,9 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
     If weights came from the same samples that they weight, the mean would be biased. With few pairs and skewed
     gradients, the bias would be tens of percent. So the weights of pair i come from the other pairs and are independent
     of pair i, and the mean is unbiased. (Running variances would keep it unbiased too, but the state that would hold
-    them is reset after every episode.) The disadvantage: if the gradient of one pair is an outlier, its weight does not
-    fall, since it comes from the other pairs. So with few pairs and rare explosions, the variance can be a few times
-    that of pure evolution strategies.
+    them is reset after every episode.) The disadvantage: if the gradient of one pair is an outlier, the weight of this
+    pair does not fall, since the other pairs determine it. So with few pairs and rare explosions, the variance can be a
+    few times that of pure evolution strategies.
 
     If a gradient of the exact rule is not finite in a leaf, only evolution strategies estimate this leaf. If a value is
     not finite, the estimate is not finite either, and `over_tasks` excludes that task. Time and memory are those of 2N

@@ -71,7 +71,7 @@ class Recommendation(NamedTuple):
         notes = [f"{c.name}: {c.refused}" for c in self.costs if c.refused]
         stochastic = [c.name for c in self.costs if c.stochastic]
         if stochastic:
-            notes.append(f"Stochastic, and their variance not measured: {'; '.join(stochastic)}.")
+            notes.append(f"Stochastic rules, whose variance was not measured: {'; '.join(stochastic)}.")
         return "\n".join([_check.aligned(rows), f"Take {self.take}: {self.why}", *notes])
 
 
@@ -79,7 +79,7 @@ def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: 
     """The rules that `recommend` compares by default, each for T inner steps; biased rules start with the least biased.
 
     Some arguments do not affect the cost, such as the adjoint rate, the multiplier and σ. Their values here are
-    arbitrary; the caller chooses them.
+    arbitrary; choose your own when you use the rule.
     """
     num_hyperparams = sum(np.size(leaf) for leaf in jax.tree.leaves(hyperparams))
     # The largest divisor of T that is at most √T; for a prime T it is 1.
@@ -181,7 +181,7 @@ def recommend(
     loop = problem.loop
 
     def plain(hyperparams, task):
-        # A scan keeps its length in the program, so that `flops` can count it.
+        # With `trace_fn`, `inner.run` is a scan. Its length is in the program, so that `flops` counts all steps.
         state, _ = inner.run(loop, num_steps, trace_fn=lambda state: ())(key, hyperparams, task.train)
         batch = problem.outer_batch(key, task)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
@@ -191,14 +191,15 @@ def recommend(
     costs = list(_measured(rules, (hyperparams, task), training).values())
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
     if not fitting:
+        limit = "" if max_memory is None else f" within `max_memory` = {max_memory} MiB"
         raise ValueError(
-            f"No rule answers within `max_memory` = {max_memory} MiB:\n{Recommendation(costs, 'none', 'none fits.')}"
+            f"No rule can handle this problem{limit}:\n{Recommendation(costs, 'none', 'no rule is left.')}"
         )
     order = {"exact": 0, "biased": 1, "unbiased": 2, "pseudo": 3}
     # `min` keeps the first of several equal rules.
     best = min(fitting, key=lambda c: (order[c.kind], *((c.flops, c.memory) if c.kind == "exact" else ())))
-    why = f"of the rules that {'fit' if max_memory is not None else 'answer'}, "
+    why = f"of the rules that {'fit' if max_memory is not None else 'can handle this problem'}, "
     why += f"it is the {'cheapest' if best.kind == 'exact' else 'first'} {best.kind} one."
     if best.kind != "exact":
-        why += " No exact rule fits: allow more memory to have one."
+        why += " No exact rule can." if max_memory is None else " No exact rule fits: allow more memory to have one."
     return Recommendation(costs, best.name, why)

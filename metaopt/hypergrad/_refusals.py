@@ -61,4 +61,5 @@ def refuse_unanswered(rule: str, is_answered: Mapping[str, bool], reason: str) -
     """
     refused = [path for path, answered in is_answered.items() if not answered]
     if refused:
-        raise ValueError(f"{rule} cannot answer for the leaves {', '.join(refused)} of λ: {reason}")
+        leaves = ", ".join(refused)
+        raise ValueError(f"{rule} cannot estimate the hypergradient of the leaves {leaves} of λ: {reason}")

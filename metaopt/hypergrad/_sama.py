@@ -19,11 +19,11 @@ def sama(
         θ ← Φ^num_steps(θ, λ)  (no derivative),    v = ∂f/∂θ,    u = (∂Φ/∂grads)ᵀ v  at the last step,
         dF/dλ ≈ ∂f/∂λ + (∂Φ/∂λ)ᵀ v + ‖u‖/2ε · [∇λ ℓ(θ + ε u/‖u‖, λ) − ∇λ ℓ(θ − ε u/‖u‖, λ)].
 
-    So SAMA is one-step lookahead without a virtual step, with the mixed product after the step instead of before it.
-    The two agree up to O(rate²), and agree exactly if ∂²ℓ/∂λ∂θ does not depend on θ. The truncation is that of one
-    step: only the last term of Σ_k (∂Φ/∂θ)^k dΦ/dλ is kept. So in a direction of θ with curvature c, the estimate is
-    about rate · c times the full sum. The term (∂Φ/∂λ)ᵀ v, for a rate or a decoupled decay, is not in the paper. It
-    costs nothing.
+    So SAMA is one-step lookahead that differentiates the last training step instead of a virtual step. It takes the
+    mixed product after this step instead of before it. The two agree up to O(rate²), and agree exactly if ∂²ℓ/∂λ∂θ does
+    not depend on θ. The truncation is that of one step: only the last term of Σ_k (∂Φ/∂θ)^k dΦ/dλ is kept. So in a
+    direction of θ with curvature c, the estimate is about rate · c times the full sum. The term (∂Φ/∂λ)ᵀ v, for a rate
+    or a decoupled decay, is not in the paper. It costs nothing.
 
     Besides training, the cost is three gradients (∂f, two ∇λ ℓ). The memory is that of one of them. The paper also
     moves θ along v; this is omitted, since in an inner loop only its own update moves θ. The estimate itself is not
@@ -45,7 +45,7 @@ def sama(
 
     Source: Choe et al., NeurIPS 2023, https://arxiv.org/abs/2310.05674
     """
-    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # −1 would end every estimate
+    _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     loop = problem.loop
 
     def estimate(hyperparams, task, state):

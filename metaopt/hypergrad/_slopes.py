@@ -54,12 +54,14 @@ def at_step(function: Callable[[float], float], center: float, step: float, nois
     if not np.isfinite([*up, *down, center]).all():
         return Slope(np.nan, np.inf, 0.0, step, np.nan, np.nan, False)
     central, jumps = (up - down) / (2 * distances), (up + down - 2 * center) / distances
-    first, second = (4 * central[1:] - central[:-1]) / 3
+    first, refined = (4 * central[1:] - central[:-1]) / 3
     rounding = noise * max(np.abs([*up, *down, center])) / step
-    error = max(abs(second - first), *np.abs(jumps[:-1] - 2 * jumps[1:]))
+    error = max(abs(refined - first), *np.abs(jumps[:-1] - 2 * jumps[1:]))
     kinked = abs(jumps[2]) > max(0.75 * abs(jumps[0]), 100 * rounding)
     left, right = (center - down[2]) / distances[2], (up[2] - center) / distances[2]
-    return Slope(float(second), float(error + rounding), float(rounding), step, float(left), float(right), bool(kinked))
+    return Slope(
+        float(refined), float(error + rounding), float(rounding), step, float(left), float(right), bool(kinked)
+    )
 
 
 def at_best_step(
@@ -70,6 +72,7 @@ def at_best_step(
     A slope is precise if its uncertainty is below a tenth of `rtol`. The search ends when a precise slope equals
     `expected` to `rtol`, or when two precise slopes at different steps agree. So a wrong `expected` is compared at two
     or more steps.
+
     Args:
       function: φ.
       center: φ(0).
@@ -81,31 +84,31 @@ def at_best_step(
     Returns:
       The best `Slope`, and the slopes at all steps of the search.
     """
-    tried: list[Slope] = []
+    slopes: list[Slope] = []
     precise: list[Slope] = []
     factors = [1.0]
     while factors:
         slope = at_step(function, center, factors.pop(0) * step, noise)
-        if not tried:
+        if not slopes:
             large_first = slope.rounding > slope.uncertainty / 2
             factors = [*_LARGER, *_SMALLER] if large_first else [*_SMALLER, *_LARGER]
-        tried.append(slope)
+        slopes.append(slope)
         size, gap = max(abs(slope.value), abs(expected)), abs(slope.value - expected)
         if slope.uncertainty <= 0.1 * rtol * size or (expected == 0 and slope.value == 0):
             if gap <= rtol * size + slope.uncertainty:
-                return slope, tried
+                return slope, slopes
             if any(_agree(slope, other) for other in precise):
-                return min(precise + [slope], key=lambda s: s.step), tried
+                return min(precise + [slope], key=lambda s: s.step), slopes
             precise.append(slope)
     # If steps disagree, something lies between them, such as a kink. The smallest step is closest to the slope at 0.
-    return min(precise, key=lambda s: s.step) if precise else min(tried, key=lambda s: s.uncertainty), tried
+    return min(precise, key=lambda s: s.step) if precise else min(slopes, key=lambda s: s.uncertainty), slopes
 
 
 def change_by_jumps(function: Callable[[float], float], center: float, radius: float, slope: Slope, noise: float):
-    """The part of φ(r) − φ(−r) that the slopes of φ between its jumps do not explain, if φ jumps there.
+    """The part of φ(r) − φ(−r) that comes from jumps of φ between −r and r.
 
-    It is φ(r) − φ(−r) − ∫ φ' dt, with the integral by Gauss and Legendre, and φ' from differences at a distance that
-    few jumps are within.
+    It is φ(r) − φ(−r) − ∫ φ' dt. The integral is a Gauss–Legendre quadrature. φ' comes from differences at a distance
+    that is so small that few of them contain a jump.
 
     Args:
       function: φ.
@@ -123,10 +126,10 @@ def change_by_jumps(function: Callable[[float], float], center: float, radius: f
     slopes = [(function(t + distance) - function(t - distance)) / (2 * distance) for t in radius * nodes]
     integral = radius * float(weights @ np.array(slopes))
     up, down = function(radius) - center, function(-radius) - center
-    part, size = up - down - integral, max(abs(integral), abs(up), abs(down))
-    if not np.isfinite(part) or not _jumps(lambda t: function(t) - slope.value * t, center, radius, noise):
+    jump_change, size = up - down - integral, max(abs(integral), abs(up), abs(down))
+    if not np.isfinite(jump_change) or not _jumps(lambda t: function(t) - slope.value * t, center, radius, noise):
         return 0.0, size
-    return part, size
+    return jump_change, size
 
 
 def _jumps(function: Callable[[float], float], center: float, radius: float, noise: float) -> bool:
@@ -141,19 +144,22 @@ def _jumps(function: Callable[[float], float], center: float, radius: float, noi
         for _ in range(20):
             middle = sum(ends) / 2
             value = function(middle)
-            replaced = int(abs(value - values[0]) > abs(values[1] - value))  # 1: the change is nearer to 0
+            replaced = int(abs(value - values[0]) > abs(values[1] - value))  # 1: the half near 0 has the larger change
             ends[replaced], values[replaced] = middle, value
         if abs(values[1] - values[0]) > max(1e-4 * change, 1e3 * noise * abs(center)):
             return True
     return False
 
 
-def noise(tried: list[Slope]) -> float:
-    """The noise of φ, or 0 if the uncertainty has another cause: noise in φ adds noise/h at each step h."""
-    smallest = sorted(tried, key=lambda s: s.step)[:3]
+def noise(slopes: list[Slope]) -> float:
+    """The noise of φ, or 0 if the uncertainty has another cause.
+
+    Noise in φ adds an uncertainty of noise/h at each step h, so the product of uncertainty and step is constant.
+    """
+    smallest = sorted(slopes, key=lambda s: s.step)[:3]
     products = [s.uncertainty * s.step for s in smallest]
     constant = len(smallest) == 3 and np.isfinite(products).all() and max(products) < 10 * min(products)
-    # The jumps in `at_step` multiply the standard deviation of φ by 8 to 17.
+    # The differences of jumps in `at_step` multiply the standard deviation of φ by 8 to 17.
     return float(np.median(products)) / 10 if constant else 0.0
 
 

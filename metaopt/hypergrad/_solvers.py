@@ -85,21 +85,21 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solve
 
     def solve(matvec, b, initial, *, key):
         del key
-        enough = tol**2 * _vdot(b, b)
+        squared_tolerance = tol**2 * _vdot(b, b)
         start = r = optax.tree.sub(b, matvec(initial))
 
         def unfinished(carry):
             *_, rr, k = carry
-            return (rr > enough) & (k < num_steps)
+            return (rr > squared_tolerance) & (k < num_steps)
 
         def step(carry):
             v, r, p, rr, k = carry
             ap = matvec(p)
             curvature = _vdot(p, ap)
-            stays = ~(curvature > 0)
-            rate = jnp.where(stays, 0, rr / jnp.where(stays, 1, curvature))
+            is_not_positive = ~(curvature > 0)
+            rate = jnp.where(is_not_positive, 0, rr / jnp.where(is_not_positive, 1, curvature))
             v, r = _add_scaled(v, rate, p), _add_scaled(r, -rate, ap)
-            new_rr = jnp.where(stays, 0, _vdot(r, r))  # zero ends the loop
+            new_rr = jnp.where(is_not_positive, 0, _vdot(r, r))  # zero ends the loop
             return v, r, _add_scaled(r, new_rr / rr, p), new_rr, k + 1
 
         v, *_, k = jax.lax.while_loop(unfinished, step, (initial, r, r, _vdot(r, r), 0))
@@ -188,10 +188,10 @@ def neumann(*, num_steps: int, rate: float) -> Solver:
 
     def solve(matvec, b, initial, *, key):
         del key
-        rate_ = jnp.asarray(rate)
+        rate_array = jnp.asarray(rate)
 
         def step(_, v):
-            return _add_scaled(v, -rate_, optax.tree.sub(matvec(v), b))
+            return _add_scaled(v, -rate_array, optax.tree.sub(matvec(v), b))
 
         return jax.lax.fori_loop(0, num_steps, step, initial), num_steps
 
@@ -238,7 +238,8 @@ def nystrom(*, rank: int, damping: float) -> Solver:
         positive = eigenvalues > len(columns) * jnp.finfo(flat.dtype).eps * eigenvalues[-1]
         scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, eigenvalues, 1)), 0)
         with jax.default_matmul_precision("highest"):
-            bt = scale[:, None] * (q.T @ c)  # Bᵀ. A factor, because W + CᵀC/ρ would have the squared condition number
+            # Bᵀ, a factor of A_k. Woodbury's formula with W + CᵀC/ρ instead would square the condition number.
+            bt = scale[:, None] * (q.T @ c)
             inner = jnp.linalg.solve(bt @ bt.T + damping * jnp.eye(len(columns), dtype=flat.dtype), bt @ flat)
             return unravel(((flat - bt.T @ inner) / damping).astype(narrow.dtype)), len(columns)
 

@@ -81,15 +81,15 @@ def residual_fn(
 
 
 def reason(condition: str, depends: str) -> str:
-    """Why an implicit rule cannot answer for a leaf of λ, and what to use instead."""
+    """Why an implicit rule cannot estimate the hypergradient of a leaf of λ, and what to use instead."""
     if condition == "step":
-        what, only, use = "a training step", "the initialization", ""
+        condition_text, other_places, remedy = "a training step", "the initialization", ""
     else:
-        what, only = "the gradient of the inner loss", "the initialization or the optimizer's update"
-        use = ', `condition="step"` if the leaf moves the point where the optimizer rests (a decoupled weight decay)'
+        condition_text, other_places = "the gradient of the inner loss", "the initialization or the optimizer's update"
+        remedy = ', `condition="step"` if the leaf moves the point where the optimizer rests (a decoupled weight decay)'
     return (
-        f"neither {what} {depends}, only {only} does, and a minimum does not depend on the path to it. Use "
-        f"`hypergrad.unrolled` for them{use}, or fix them (`spaces.fixed`)."
+        f"neither {condition_text} {depends}, only {other_places} does, and a minimum does not depend on the path to "
+        f"it. Use `hypergrad.unrolled` for them{remedy}, or fix them (`spaces.fixed`)."
     )
 
 
@@ -98,8 +98,8 @@ def refuse_unanswered(
 ) -> None:
     """Rejects leaves of λ that neither R nor f depends on, such as a rate or an initialization.
 
-    A minimum does not depend on the rate or the initialization that led to it. The implicit hypergradient of such a
-    leaf would be zero, which is wrong.
+    A minimum does not depend on the rate or the initialization that led to it, so the implicit hypergradient of such a
+    leaf is zero. F of a finite training run depends on the leaf, so this zero is wrong.
 
     Args:
       problem: the problem of the implicit rule.
@@ -120,5 +120,5 @@ def refuse_unanswered(
     in_residual = _jaxpr.used_leaves(residual, hyperparams, state, task.train)
     in_outer = _refusals.entering(problem, state, hyperparams, task, "outer")
     is_answered = {path: used or in_outer[path] for path, used in zip(in_outer, in_residual, strict=True)}
-    why = reason(condition, "nor the outer loss depends on them")
-    _refusals.refuse_unanswered("An implicit rule", is_answered, why)
+    reason_text = reason(condition, "nor the outer loss depends on them")
+    _refusals.refuse_unanswered("An implicit rule", is_answered, reason_text)

@@ -12,7 +12,7 @@ from metaopt.hypergrad import _mixed, _unroll
 
 
 class Contributions(NamedTuple):
-    """The parts of dF/dλ, by the place where λ enters. Their sum (`steps` over its leading axis) is dF/dλ.
+    """The parts of dF/dλ, by the place where λ enters. Their sum (with `steps` summed over its leading axis) is dF/dλ.
 
     Attributes:
       start: the part through the initialization; like λ.

@@ -42,9 +42,9 @@ def truncated(
     λ is updated T/K times in one training run, and an estimate costs K steps. It is exact for its own F, but it ignores
     how λ has shaped θ_s. So short windows favor quick gains, such as small rates (Wu et al.). The first window of a run
     also differentiates the initialization, so λ may enter there. Later windows ignore the initialization. (Under vmap,
-    both branches are computed: over tasks, every window pays for an initialization.) With K = T, this is `unrolled`;
-    with K = 1, it is T1–T2 (Luketina et al.): θ ← Φ(θ, λ), then dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ. In contrast, `lookahead`
-    looks ahead of its run and discards those steps.
+    JAX computes both branches of a `cond`. So over tasks, every window pays for an initialization.) With K = T, this is
+    `unrolled`; with K = 1, it is T1–T2 (Luketina et al.): θ ← Φ(θ, λ), then dF/dλ = ∂f/∂λ + (∂f/∂θ) ∂Φ/∂λ. In contrast,
+    `lookahead` looks ahead of its run and discards those steps.
 
     The runs of a batch that start together also end together. `training.learner(..., stagger=T // K)` makes them end at
     different outer steps.
@@ -88,7 +88,7 @@ def truncated(
             def outer_loss(state):
                 return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-            # The same initialization again, as a function of λ.
+            # In the first window, initialize again with the same key, as a function of λ.
             start = jax.lax.cond(
                 first, lambda: loop.init(state.start_key, hyperparams, task.train), lambda: state.inner
             )

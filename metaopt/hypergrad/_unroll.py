@@ -83,13 +83,13 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       xs: per-step inputs with a leading axis of `length`, or None.
       length: T.
       remat: the values that are stored. "none" stores all values of every step. "step" stores each step's carry and
-        recomputes within the step. "sqrt" stores √T carries. It recomputes a stretch of √T steps at a time, and within
-        it each step again. An integer k has k nested levels of such stretches: it stores about k T^(1/k) carries and
-        computes each step k more times. So "step" is 1 and "sqrt" is 2. More than log₂ T levels do not help, so k is
-        limited to log₂ T. With "step", and within the shortest stretches, the gradients that `mixed_grad` returns are
-        stored too. "grads" is "sqrt" with those gradients stored for all steps. A stretch is then recomputed without
-        the loss, only with the optimizer's updates. "offload" stores each step's carry in the memory of the host, and
-        nothing else: it recomputes the gradients of `mixed_grad`.
+        recomputes within the step. "sqrt" stores √T carries. The reverse pass recomputes one stretch of √T steps at a
+        time, and each step within the stretch once more. An integer k has k nested levels of such stretches: it stores
+        about k T^(1/k) carries and computes each step k more times. So "step" is 1 and "sqrt" is 2. More than log₂ T
+        levels do not help, so k is limited to log₂ T. With "step", and within the shortest stretches, the gradients
+        that `mixed_grad` returns are stored too. "grads" is "sqrt" with those gradients stored for all steps. A stretch
+        is then recomputed without the loss, only with the optimizer's updates. "offload" stores each step's carry in
+        the memory of the host, and nothing else: it recomputes the gradients of `mixed_grad`.
 
     Returns:
       The last carry, and the stacked y.
@@ -153,7 +153,7 @@ def _stretched(
 
 
 def step_weights(outer: str | Sequence[float] | np.ndarray | jax.Array, num_steps: int) -> tuple[Any, float]:
-    """The weights w_1..w_T of F = Σ_t w_t f(θ_t, λ), and 1; or None and w_T if only the last step is known to count.
+    """The weights of F = Σ_t w_t f(θ_t, λ), as `(w_1..w_T, 1)`, or as `(None, w_T)` if the others are known to be zero.
 
     Raises a `ValueError` if a number of steps or of weights is wrong.
     """
@@ -219,8 +219,8 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     With `mixed_grad`, if the state of a step is stored on the device, its gradient is stored too, which saves a
     recomputation. The time follows these figures if matrix products dominate. In small networks, memory traffic
     dominates, and the time is longer (see the page "Performance"). Forward mode (`jax.jvp`, `jax.jacfwd`) works too,
-    with memory that does not depend on T. vmap and any nesting also work. Loops of at most 5 steps that store
-    everything are written out.
+    with memory that does not depend on T. vmap and any nesting also work. With "none", the steps of loops of at most 5
+    steps are unrolled in the program.
 
     Args:
       loop: the inner loop, which trains θ.

@@ -106,7 +106,7 @@ def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
 
 
 def _transform(optimizer: Callable, zero: str, hyperparams: base.HyperParams) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for one λ, with a derivative at zero gradients."""
+    """The optimizer for one λ, with finite derivatives at zero gradients."""
     try:
         with _checks.explained_schedules("optimizer"):
             return transforms.differentiable(optimizer(hyperparams), zero=zero)
@@ -218,8 +218,8 @@ def loop(
     Args:
       loss: ℓ, `(params, hyperparams, batch) -> []`. With `with_context`, `(params, hyperparams, batch, context) -> []`
         or `-> ([], model_state)`. The context is a `base.Context`: a fresh key, the number of the step and the model
-        state. If the loss returns no model state, the state stays constant; a state with floating-point leaves, such as
-        running statistics, then logs a warning.
+        state. If the loss returns no model state, the state stays constant. If this constant state has floating-point
+        leaves, such as running statistics, the loop logs a warning.
       optimizer: `hyperparams -> optax.GradientTransformation`, such as `lambda hp: optax.adamw(hp["lr"])`. Its state
         must keep its structure for every λ. It must not read the value of λ in Python, as some schedules of optax do.
         The schedules of `transforms`, such as `transforms.cosine_schedule`, do not. `optax.inject_hyperparams` is not
@@ -293,8 +293,8 @@ def step(
 
 
 _NO_DERIVATIVE = (
-    "`inner.run` has no derivative: it trains without storing what a derivative needs, so that the gradient of what it "
-    "trained would be 0 and wrong. Use `hypergrad.unroll(loop, num_steps=...)` to differentiate through training. If "
+    "`inner.run` cannot be differentiated: it does not store the values that a derivative needs, and a gradient of 0 "
+    "would be wrong. Use `hypergrad.unroll(loop, num_steps=...)` to differentiate through training. If "
     "the result is a constant here, pass `jax.lax.stop_gradient` of the hyperparameters and of the data to it."
 )
 
@@ -304,8 +304,8 @@ def run(loop: base.InnerLoop, num_steps: int | None = None, *, trace_fn: Callabl
 
     The trained state has no derivative: differentiating it raises an error instead of returning 0. For a derivative,
     use `hypergrad.unroll`. Within a differentiated function the result may go into metrics or through
-    `jax.lax.stop_gradient`. (Forward mode cannot see a later `stop_gradient`; stop the gradient of the arguments
-    there.) Memory does not depend on the number of steps.
+    `jax.lax.stop_gradient`. (Forward mode raises before it reaches a later `stop_gradient`. In forward mode, stop the
+    gradient of the arguments instead.) Memory does not depend on the number of steps.
 
     Args:
       loop: the inner loop.

@@ -1,4 +1,4 @@
-"""Flax modules, NNX or Linen, as the pure functions that a loss is written with.
+"""Converts Flax modules, NNX or Linen, to pure functions that a loss can call.
 
 **BatchNorm and dropout in the inner and the outer loss.** Training and evaluation differ in two layers, and flax has
 one switch for each. `Model.apply` takes both under flax's names, and `train` sets the two together:
@@ -165,7 +165,7 @@ def _batch_norm(original: type) -> type:
     from flax import nnx
 
     class BatchNorm(original):
-        """flax's BatchNorm without `stop_gradient`: its only use there is on the new running statistics."""
+        """flax's BatchNorm without its `stop_gradient`, which it applies only to the new running statistics."""
 
         def __call__(self, *inputs, **options):
             definition, params, statistics = nnx.split(self, nnx.Param, ...)

@@ -66,7 +66,9 @@ def _split_rows(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict
     missing = sorted(set(shared) - set(data if isinstance(data, dict) else ()))
     if missing:
         entries = ", ".join(map(str, data)) if isinstance(data, dict) else f"no names ({type(data).__name__})"
-        raise ValueError(f"`shared` names {', '.join(missing)}, and the data have {entries}.")
+        raise ValueError(
+            f"`shared` names entries that the data do not have: {', '.join(missing)}. The data have {entries}."
+        )
     if not isinstance(data, dict):
         return data, {}
     whole = {*shared, "num_rows"} & set(data)
@@ -76,7 +78,10 @@ def _split_rows(data: base.Data, shared: Sequence[str]) -> tuple[base.Data, dict
 
 
 def _check_rows(rows: base.Data) -> int:
-    """The length of the leading axis, padding included. An index beyond the rows of another leaf would not raise."""
+    """Returns the length of the leading axis, padding included. Raises ValueError if it is 0 or differs between leaves.
+
+    JAX does not raise for an index beyond the end of a shorter leaf.
+    """
     shapes = {jax.tree_util.keystr(p) or "itself": jnp.shape(v) for p, v in jax.tree_util.tree_leaves_with_path(rows)}
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) != 1 or () in lengths or (0,) in lengths:
@@ -124,18 +129,18 @@ def minibatch(
     count = num_rows or functools.partial(_num_rows, shared=shared)
 
     def sample(key, step, data):
-        rows, whole = _split_rows(data, shared)
+        rows, shared_entries = _split_rows(data, shared)
         _check_rows(rows)
         size = count(data)
         if replace:
             index = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, size)
         else:
-            place = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
-            index = shuffled(key, place // size, place % size, size)
+            position = jnp.asarray(step, jnp.int32) * batch_size + jnp.arange(batch_size, dtype=jnp.int32)
+            index = shuffled(key, position // size, position % size, size)
         real = _real(rows) if num_rows is None else None
         if real is not None:  # the marked rows may be anywhere
             index = jnp.flatnonzero(real, size=len(real))[index]
         batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], rows)
-        return {**batch, **whole} if isinstance(data, dict) else batch
+        return {**batch, **shared_entries} if isinstance(data, dict) else batch
 
     return sample

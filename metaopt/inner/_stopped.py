@@ -50,7 +50,7 @@ def stopped_paths(function: Callable, args: dict[str, Any]) -> list[tuple[str, s
 
     Args:
       function: `(args) -> outputs`, trees of arrays.
-      args: the argument, by name; leaves that are not arrays are static.
+      args: the argument of `function`: a dict of trees by name. Leaves that are not arrays are static.
 
     Returns:
       Paths of the output and of the argument, such as `[("['mean']", "['params']['kernel']")]`.

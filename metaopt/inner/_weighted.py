@@ -12,11 +12,12 @@ def weighted(
 
         ℓ(θ, λ) = 1/N Σ_i w_i(λ) ℓ_i(θ)
 
-    ℓ_i does not depend on λ, and w does not depend on θ. The mixed product is therefore a Jacobian-vector product of
-    the losses' forward pass: (∂²ℓ/∂λ∂θ)ᵀ v = 1/N Σ_i (∂w_i/∂λ)ᵀ (∂ℓ_i/∂θ) v. Automatic differentiation finds this
-    structure by itself. Under jit it takes the operations of 3 forward passes and less memory than a gradient. This
-    holds only where the rule does not need a product with the Hessian ∂²ℓ/∂θ² at the same time: in the one-step rules,
-    and in the implicit rules after their linear solve.
+    ℓ_i does not depend on λ, and w does not depend on θ. The product of a vector v with the mixed second derivative is
+    therefore a Jacobian-vector product of the losses' forward pass: (∂²ℓ/∂λ∂θ)ᵀ v = 1/N Σ_i (∂w_i/∂λ)ᵀ (∂ℓ_i/∂θ) v.
+    Automatic differentiation finds this structure by itself. Under jit it takes the operations of 3 forward passes and
+    less memory than a gradient. This holds only if the rule of the hypergradient does not need a product with the
+    Hessian ∂²ℓ/∂θ² at the same time. So it holds in the one-step rules, and in the implicit rules after their linear
+    solve.
 
     Args:
       per_example_loss: ℓ_i, `(params, batch) -> [B]`: one loss per example, or one per term. With `with_context`,
@@ -52,8 +53,8 @@ def weighted(
         losses, model_state = losses if isinstance(losses, tuple) else (losses, None)
         if jnp.ndim(losses) != 1 or jnp.shape(weights) != jnp.shape(losses):
             raise ValueError(
-                "`per_example_loss` and `weight_fn` must both return one number an example, shape [B]; got shapes "
-                f"{jnp.shape(losses)} and {jnp.shape(weights)}."
+                "`per_example_loss` and `weight_fn` must both return one number for each example, shape [B]; got "
+                f"shapes {jnp.shape(losses)} and {jnp.shape(weights)}."
             )
         divisor = {"count": losses.size, "weights": jnp.sum(weights), "none": 1}[normalize]
         value = jnp.sum(weights * losses) / divisor  # a dot product loses precision on some accelerators

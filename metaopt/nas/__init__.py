@@ -1,7 +1,7 @@
 """Neural architectures: ops, cells and networks as data, supernets with mixing weights, and genotypes.
 
 An op is one operation of a network, such as a convolution. A search makes the choice of ops differentiable: every edge
-  of a cell computes a weighted sum of its candidate ops, with weights w(α), and α is part of λ.
+of a cell computes a weighted sum of its candidate ops, with weights w(α). α is part of the hyperparameters λ.
 
     spec (`darts_space`, `nas_bench_201_space`, your own `Network`) --`supernet`--> init, apply
     α --relaxation--> weights --`derive_genotype`--> genotype --`discrete`--> spec of one network --`supernet`--> ...

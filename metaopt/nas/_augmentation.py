@@ -73,7 +73,7 @@ def _spatial(x: jax.Array) -> tuple[int, ...]:
 
 
 def auxiliary_head(num_outputs: int, *, widths: tuple[int, int] = (128, 768)) -> _ops.Op:
-    """A classifier on the features of a layer inside the network, whose loss is added in training (DARTS).
+    """A classifier on the features of a layer inside the network. Training adds its loss (DARTS).
 
     Its layers are ReLU, the averages of two windows along every spatial axis, a 1×1 convolution, normalization and
     ReLU. Then come one convolution over all remaining positions, normalization, ReLU and a linear layer. A window

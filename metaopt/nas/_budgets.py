@@ -90,7 +90,8 @@ def over_budget(
             return relax(alpha, cell, key, step)
         if not some_are_kept:
             return relax(alpha["ops"], cell, key, step)
-        # The products decide which edges are kept. They do not change costs: `expected_cost` divides by their sum.
+        # The products w · softmax(β) decide which edges are kept. β does not change costs, because `expected_cost`
+        # divides the products of an edge by their sum.
         alpha = {"ops": alpha["ops"], "edges": jax.lax.stop_gradient(alpha["edges"])}
         return edge_normalized(relax)(alpha, cell, key, step)
 
@@ -128,8 +129,9 @@ def lagrangian(
     small, for instance −3. If μ should grow faster than λ moves, give m its own learning rate (`optax.partition`).
     Damping reduces the oscillation between λ and μ.
 
-    The solution is a saddle point, not a minimum: the value does not change with the multiplier, though its gradient is
-    not zero. So rules must differentiate f. All rules do, except rules that perturb λ (evolution strategies).
+    The solution is a saddle point, not a minimum. The value of the new outer loss does not depend on m, but its
+    gradient in m is not zero. So a rule must differentiate the outer loss. All rules do so, except rules that perturb λ
+    (evolution strategies).
 
     Args:
       problem: any problem.
@@ -147,8 +149,8 @@ def lagrangian(
         value = problem.outer_loss(params, both["hyperparams"], batch, context)
         c, mu = constraint(both["hyperparams"], context.step), jax.nn.softplus(both["multiplier"])
         stop = jax.lax.stop_gradient
-        more = stop(mu) * c - mu * stop(c) + damping / 2 * jax.nn.relu(c) ** 2
-        return value + (more - stop(more)).astype(value.dtype)
+        constraint_terms = stop(mu) * c - mu * stop(c) + damping / 2 * jax.nn.relu(c) ** 2
+        return value + (constraint_terms - stop(constraint_terms)).astype(value.dtype)
 
     return inner._replace(outer_loss=outer_loss)
 
@@ -181,15 +183,16 @@ def within_budget(
     Raises:
       ValueError: if the network costs too much and no change makes it cheaper, or as for `derive_genotype`.
     """
-    kept = _genotypes.edges_kept(network, keep) is not None
+    keeps_fixed_number = _genotypes.edges_kept(network, keep) is not None
     logs = {kind: np.log(np.maximum(np.asarray(w, np.float64), 1e-300)) for kind, w in weights.items()}
     price = lambda choices: table.cost_of(network, _genotype_of(network, choices))
-    choices = _choices_of(network, _derivation.derive_genotype(network, weights, keep=keep), kept)
+    genotype = _derivation.derive_genotype(network, weights, keep=keep)
+    choices = _choices_of(network, genotype, keeps_fixed_number)
     cost = price(choices)
     while cost > budget:
         best = (np.inf, 0.0, None)
         for i, old in enumerate(choices):
-            for new in _alternatives(network, choices, old, kept):
+            for new in _alternatives(network, choices, old, keeps_fixed_number):
                 changed = [*choices[:i], new, *choices[i + 1 :]]
                 saved = cost - price(changed)
                 if saved > 0:
@@ -206,20 +209,20 @@ def within_budget(
 
 
 class _Choice(NamedTuple):
-    """An op of an edge, by their positions in the network; a projection changes one choice at a time."""
+    """The indices of an edge and of its op. `within_budget` changes one choice at a time."""
 
     kind: str
     edge: int
     op: int
 
 
-def _choices_of(network: Space, genotype: Genotype, kept: bool) -> list[_Choice]:
-    """The choices of a genotype; if every edge is decided by itself, also "none" for edges that are absent."""
+def _choices_of(network: Space, genotype: Genotype, keeps_fixed_number: bool) -> list[_Choice]:
+    """The choices of a genotype. Unless `keeps_fixed_number`, absent edges have the choice "none"."""
     choices = []
     for kind, cell in network.cells.items():
         ops = {(s, t): op for s, t, op in genotype[kind]}
         for e, edge in enumerate(cell.edges):
-            if edge[:2] in ops or not kept:
+            if edge[:2] in ops or not keeps_fixed_number:
                 choices.append(_Choice(kind, e, edge.ops.index(ops.get(edge[:2], _genotypes.NONE))))
     return choices
 
@@ -233,12 +236,14 @@ def _genotype_of(network: Space, choices: Sequence[_Choice]) -> Genotype:
     return {kind: tuple(edges) for kind, edges in genotype.items()}
 
 
-def _alternatives(network: Space, choices: Sequence[_Choice], old: _Choice, kept: bool) -> Iterator[_Choice]:
-    """Yields other ops of the edge and, if a number of edges is kept, unused edges into the same node."""
+def _alternatives(
+    network: Space, choices: Sequence[_Choice], old: _Choice, keeps_fixed_number: bool
+) -> Iterator[_Choice]:
+    """Yields other ops of the edge and, if a fixed number of edges is kept, unused edges into the same node."""
     edges = network.cells[old.kind].edges
     taken = {choice.edge for choice in choices if choice.kind == old.kind} - {old.edge}
     free = [e for e in range(len(edges)) if edges[e].target == edges[old.edge].target and e not in taken]
-    for e in free if kept else [old.edge]:
+    for e in free if keeps_fixed_number else [old.edge]:
         for op, name in enumerate(edges[e].ops):
-            if (e, op) != (old.edge, old.op) and not (kept and name == _genotypes.NONE):
+            if (e, op) != (old.edge, old.op) and not (keeps_fixed_number and name == _genotypes.NONE):
                 yield _Choice(old.kind, e, op)

@@ -21,16 +21,19 @@ def configuration_space(
       keep: edges into each node, as for `random_genotype`; "space" uses the rule of the network.
 
     Returns:
-      name -> the range of an index. With `keep=None`, "kind.source-target" is the index of an edge's op.
-      If `keep` is a number, "kind.inputs<node>" is the index of a set of that many edges into a node. The sets have the
-      order of `itertools.combinations`. The entry is absent if only one set is possible. Then "kind.op<i>" is the index
-      of the op of the i-th of these edges, among its ops other than "none". `darts_space` has 11 entries per kind, the
-      digits of NAS-Bench-301.
-      For an `ElasticNetwork`, the names are the names of its sizes.
+      name -> the range of an index. The names and indices are:
+
+      - with `keep=None`: "kind.source-target" is the index of an edge's op;
+      - if `keep` is a number: "kind.inputs<node>" is the index of a set of that many edges into a node. The sets have
+        the order of `itertools.combinations`. The entry is absent if only one set is possible. "kind.op<i>" is the
+        index of the op of the i-th edge in these sets, among its ops other than "none". `darts_space` has 11 entries
+        per kind, the digits of NAS-Bench-301;
+      - for an `ElasticNetwork`: the name of a size, such as "conv1.width", is the index of its value.
 
     Raises:
       ValueError: if the network is a NAS-Bench-101 space, whose cells are graphs.
-      ValueError: if only some edges of a cell have "none" and `keep` is a number: their numbers of ops differ.
+      ValueError: if `keep` is a number and only some edges of a cell have "none", so that edges differ in the number of
+        their other ops.
 
     >>> from metaopt import nas
     >>> network = nas.darts_space(num_nodes=2)
@@ -45,7 +48,7 @@ def configuration_space(
     else:
         sizes = {}
         for kind, cell in network.cells.items():
-            sets, nums = _sets(cell, keep), {len(_some(edge)) for edge in cell.edges}
+            sets, nums = _sets(cell, keep), {len(_ops_without_none(edge)) for edge in cell.edges}
             if len(nums) > 1:
                 raise ValueError(f'Only some edges of {kind!r} have the candidate "none". Pass `keep=None`.')
             sizes |= {f"{kind}.inputs{node}": len(edge_sets) for node, edge_sets in sets.items() if len(edge_sets) > 1}
@@ -89,7 +92,7 @@ def genotype_from_configuration(
                 for node, edge_sets in _sets(cell, keep).items()
                 for edge in edge_sets[index(f"{kind}.inputs{node}")]
             ]
-            chosen[kind] = [(edge, _some(edge)[index(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
+            chosen[kind] = [(edge, _ops_without_none(edge)[index(f"{kind}.op{i}")]) for i, edge in enumerate(kept)]
             chosen[kind].sort(key=lambda pair: cell.edges.index(pair[0]))
     return {kind: tuple((*edge[:2], op) for edge, op in pairs if op != NONE) for kind, pairs in chosen.items()}
 
@@ -109,7 +112,7 @@ def genotype_to_configuration(
 
     Raises:
       ValueError: if a node of the genotype does not have `keep` edges, or as for `discrete` and `configuration_space`.
-      ValueError: if the genotype lacks an edge without "none" among its candidates.
+      ValueError: with `keep=None`, if the genotype lacks an edge whose candidates do not include "none".
     """
     check_genotype(network, genotype)
     configuration = dict.fromkeys(configuration_space(network, keep=keep), 0)
@@ -137,7 +140,9 @@ def genotype_to_configuration(
             if len(edge_sets) > 1:
                 configuration[f"{kind}.inputs{node}"] = fits[0]
             kept += edge_sets[fits[0]]
-        configuration |= {f"{kind}.op{i}": _some(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)}
+        configuration |= {
+            f"{kind}.op{i}": _ops_without_none(edge).index(ops[kind][edge[:2]]) for i, edge in enumerate(kept)
+        }
     return configuration
 
 
@@ -152,9 +157,10 @@ def _choices(network: Space) -> dict[str, tuple[str, Edge]]:
 
 def _sets(cell: Cell, keep: int) -> dict[int, list[tuple[Edge, ...]]]:
     """Node -> the sets of edges into it, one of which a genotype keeps."""
-    into = {t: [edge for edge in cell.edges if edge.target == t] for t in sorted({edge.target for edge in cell.edges})}
-    return {t: list(itertools.combinations(edges, min(keep, len(edges)))) for t, edges in into.items()}
+    nodes = sorted({edge.target for edge in cell.edges})
+    edges_into_node = {t: [edge for edge in cell.edges if edge.target == t] for t in nodes}
+    return {t: list(itertools.combinations(edges, min(keep, len(edges)))) for t, edges in edges_into_node.items()}
 
 
-def _some(edge: Edge) -> tuple[str, ...]:
+def _ops_without_none(edge: Edge) -> tuple[str, ...]:
     return tuple(op for op in edge.ops if op != NONE)

@@ -5,9 +5,11 @@ each choice is drawn by its weights:
 
     C(w) = c₀ + Σ_terms Σ_(i, j, ...) w_a[i] · w_b[j] · ... · c[i, j, ...]
 
-A term is one of three things. It is an edge of a cell; then c has the costs of its ops. Or it is a layer of an
-`ElasticNetwork`; then c has the costs of its sizes and of its input's sizes. Or it is a whole cell, if only whole
-networks were measured.
+A term belongs to one of three parts of a network:
+
+- an edge of a cell: c has the cost of each of its ops;
+- a layer of an `ElasticNetwork`: c has the cost of each combination of its sizes and the width of its input;
+- a whole cell, if only whole networks were measured: c has the cost of each combination of the ops on its edges.
 
 At one-hot weights C is the cost of the discrete network. "none" costs nothing by itself, because no discrete network
 contains it. If no edge leaves the input of a cell, the layers before that cell have no effect. C still counts them, but
@@ -72,11 +74,11 @@ class CostTable(NamedTuple):
         the cost of any of its networks. With `network`, only the edges count that `derive_genotype` keeps at these
         weights. Their ops other than "none" have the weights w[e, o] / Σ_{o' ≠ none} w[e, o'], and C is the mean over
         networks of these edges. Derivatives treat the set of kept edges as constant, and C jumps when other edges
-        become the strongest. (The graphs of NAS-Bench-101 count with all their vertices.)
+        become the strongest. (For the space of NAS-Bench-101, all vertices and edges count, even with `network`.)
 
-        An edge that is not kept, or whose weights are 0 (`one_hot` of a genotype without it), adds nothing if it has
-        its own term. In a term of several edges (a table of whole networks) it counts as its "none", whose position
-        only `network` shows.
+        An edge may be absent: it is not kept, or its weights are 0 (`one_hot` of a genotype without it). If it has its
+        own term, it adds nothing. In a term of several edges (a table of whole networks), it counts as its "none". The
+        table does not know which candidate is "none", so pass `network`.
 
         Args:
           weights: kind -> [edges, ops].
@@ -100,13 +102,13 @@ class CostTable(NamedTuple):
                     f"The weights of {kind!r} must be [edges, ops] of one task; got shape {jnp.shape(rows)}."
                 )
         for term in self.terms:
-            left = jnp.asarray(term.values, dtype)
+            cost = jnp.asarray(term.values, dtype)
             for kind, edge in term.rows:
                 row = jnp.asarray(weights[kind], dtype)[edge]
                 if len(term.rows) > 1:
                     row = _in_whole(row, weights[kind], network, kind, edge)
-                left = jnp.tensordot(row, left, 1)
-            total = total + left
+                cost = jnp.tensordot(row, cost, 1)
+            total = total + cost
         return total
 
     def cost_of(self, network: Space, genotype: Genotype) -> float:
@@ -121,18 +123,18 @@ class CostTable(NamedTuple):
 
         Raises:
           ValueError: if the genotype or the table is not of this space.
-          ValueError: in a table of whole networks, if the genotype lacks an edge without "none" among its candidates.
+          ValueError: in a table of whole networks, if the genotype lacks an edge without a candidate "none".
         """
         check_table(self, network)
         weights, total = _genotypes.one_hot(network, genotype), self.fixed
         for term in self.terms:
-            left = term.values
+            cost = term.values
             for kind, edge in term.rows:
                 row = weights[kind][edge]
                 if len(term.rows) > 1 and not row.any():
                     row = _none_row(network, kind, edge)
-                left = np.tensordot(row, left, 1)
-            total += float(left)
+                cost = np.tensordot(row, cost, 1)
+            total += float(cost)
         return total
 
 
@@ -228,7 +230,7 @@ def _elastic_costs(network: ElasticNetwork, in_shape, cost) -> tuple[float, tupl
     def once(place: _elastic.Placed):
         init = lambda key: _elastic.init_layer(place, jax.random.split(key, 1))
         apply = lambda params, x: _elastic.apply_layer(place, params, x, {})
-        # Only the sizes matter, not the place in the network, except for the head, which has no ReLU.
+        # Layers of equal sizes have equal costs at any place in the network. Only the head differs: it has no ReLU.
         name = (place.name == "head", place.layer, place.in_width, place.flat)
         return cost(name, init, apply, (*place.spatial, place.in_width[0]))
 
@@ -271,12 +273,12 @@ def check_table(table: CostTable, network: Space) -> None:
     for term in table.terms:
         for (kind, edge), num in zip(term.rows, np.shape(term.values), strict=True):
             edges = cells[kind].edges if kind in cells else ()
-            own = len(edges[edge].ops) if edge < len(edges) else 0
-            if own != num:
-                has = f"{own} there" if own else f"none there; its kinds are {', '.join(cells)}"
+            num_ops = len(edges[edge].ops) if edge < len(edges) else 0
+            if num_ops != num:
+                network_text = f"{num_ops} there" if num_ops else f"none there; its kinds are {', '.join(cells)}"
                 raise ValueError(
                     "`table` must be of the network's space, as `nas.cost_table(network, ...)` is: it has costs of "
-                    f"{num} candidates for the edge {edge} of {kind!r}, and the network has {has}."
+                    f"{num} candidates for the edge {edge} of {kind!r}, and the network has {network_text}."
                 )
 
 
@@ -295,8 +297,8 @@ def _in_whole(row: jax.Array, weights: Any, network: Space | None, kind: str, ed
         return row
     edges, keep = network.cells[kind].edges, network.keep
     num_into = sum(other.target == edges[edge].target for other in edges)
-    may_go = absent or (isinstance(keep, (int, np.integer)) and keep < num_into)
-    if not may_go and _genotypes.NONE not in edges[edge].ops:
+    may_be_absent = absent or (isinstance(keep, (int, np.integer)) and keep < num_into)
+    if not may_be_absent and _genotypes.NONE not in edges[edge].ops:
         return row
     return jnp.where(row.any(), row, _none_row(network, kind, edge))
 
@@ -316,10 +318,10 @@ def _of_kept_edges(network: Network, weights: Mapping[str, Any]) -> dict[str, ja
     kept = {}
     for kind, chosen in discretized(network, weights).items():
         w = jnp.asarray(weights[kind])
-        some = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in network.cells[kind].edges])
-        total = jnp.where(some, w, 0.0).sum(1, keepdims=True)
+        is_op = np.array([[op != _genotypes.NONE for op in edge.ops] for edge in network.cells[kind].edges])
+        total = jnp.where(is_op, w, 0.0).sum(1, keepdims=True)
         # The weights of a genotype, `one_hot`, are 0 on the edges that it lacks.
-        shares = jnp.where(some & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
+        shares = jnp.where(is_op & (total > 0), w / jnp.where(total > 0, total, 1.0), 0.0)
         kept[kind] = chosen.sum(1, keepdims=True) * shares
     return kept
 
@@ -345,9 +347,9 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
     """Makes a measure for `cost_table`: the seconds that a compiled op takes on this device, after a first run.
 
     It is the median of `num_samples` times. Each time is the mean over enough calls to take `min_seconds` together. The
-    op runs by itself. This differs from the same op in one program, where ops are fused and are not dispatched one by
-    one. So a sum of latencies does not predict the time of a network. How well such sums rank networks has not been
-    measured. Use the batch size at which the network will run, and a machine that runs nothing else.
+    op is compiled as a separate program. In the program of a network, ops are fused and not dispatched one by one. So a
+    sum of latencies does not predict the time of a network. How well such sums rank networks has not been measured. Use
+    the batch size at which the network will run, and a machine that runs nothing else.
 
     Args:
       num_samples: the number of measured times.
@@ -378,7 +380,7 @@ def latency(*, num_samples: int = 15, min_seconds: float = 1e-3) -> Measure:
 
 
 def _numbers(name: str, value: Any) -> np.ndarray:
-    """JSON numbers as an array. NumPy would read null as NaN, and the text "nan", too."""
+    """JSON numbers as an array; raises ValueError for other values. (`astype` would convert null and "nan" to NaN.)"""
     array = np.asarray(value)
     if array.dtype.kind not in "if":
         raise ValueError(f"`{name}` must be numbers; got {reprlib.repr(value)}")

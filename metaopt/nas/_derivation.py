@@ -17,16 +17,18 @@ def derive_genotype(network: Space, weights: Mapping[str, np.ndarray], *, keep: 
 
         strength(e) = max_{o ≠ none} w[e, o],    op(e) = argmax_{o ≠ none} w[e, o]
 
-    Pass weights, not α. The relaxation normalizes over all ops, including "none". From α itself, other edges would be
-    kept: α and α + c (c a number for each edge) have the same softmax, but different largest entries.
+    Pass weights, not α. The relaxation normalizes over all ops, including "none". Without it, other edges could be the
+    strongest. If a number is added to all entries of α on one edge, the softmax stays the same, but the largest entry
+    changes.
 
     Args:
       network: the spec of a supernet.
       weights: kind -> [edges, ops], the weights that the relaxation makes of α; not negative.
-      keep: number of edges into each node. The strongest are kept, and the first of equal ones; 2 is the rule of DARTS.
-        None keeps every edge whose largest weight is not the weight of "none". "space" uses the rule of the network.
-        The space of NAS-Bench-101 allows only "space": it keeps the path from the input to the output with the largest
-        product of weights. Then it keeps the strongest of the other edges, at most nine edges in all.
+      keep: number of edges into each node. The strongest edges are kept; of equally strong edges, the first ones. 2 is
+        the rule of DARTS. None keeps every edge whose largest weight is not the weight of "none". "space" uses the rule
+        of the network, and is the only value for the space of NAS-Bench-101. The rule of that space has two steps.
+        First it keeps the path from the input to the output with the largest product of weights. Then it keeps the
+        strongest of the other edges, at most nine edges in all.
 
     Returns:
       A `Genotype`, its edges in the order of the network.
@@ -49,17 +51,17 @@ def derive_genotype(network: Space, weights: Mapping[str, np.ndarray], *, keep: 
     genotype: Genotype = {}
     for kind, cell in network.cells.items():
         w = _checked_weights(kind, cell, weights)
-        some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
+        is_op = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
         if keep is None:
             best = w.argmax(1)
             kept = [e for e, edge in enumerate(cell.edges) if edge.ops[best[e]] != NONE]
         else:
-            among = np.where(some, w, -np.inf)
-            best, strength = among.argmax(1), among.max(1)
+            candidate_weights = np.where(is_op, w, -np.inf)
+            best, strength = candidate_weights.argmax(1), candidate_weights.max(1)
             kept = []
             for node in sorted({edge.target for edge in cell.edges}):
-                into = [e for e, edge in enumerate(cell.edges) if edge.target == node and some[e].any()]
-                kept += sorted(into, key=lambda e: -strength[e])[:keep]
+                edges_into_node = [e for e, edge in enumerate(cell.edges) if edge.target == node and is_op[e].any()]
+                kept += sorted(edges_into_node, key=lambda e: -strength[e])[:keep]
         genotype[kind] = tuple((*cell.edges[e][:2], cell.edges[e].ops[best[e]]) for e in sorted(kept))
     return genotype
 
@@ -68,8 +70,8 @@ def derive_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int
     """The cell of mixing weights: the strongest op of every vertex, and the strongest edges.
 
     It first takes the path from the input to the output with the largest product of weights. Then it adds the strongest
-    of the other edges, up to `max_edges`, if their weight exceeds the weight of each "none". Finally it removes the
-    vertices that are on no path.
+    of the other edges, up to `max_edges` edges in all, if their weight exceeds the weight of each "none". Finally it
+    removes the vertices that are on no path from the input to the output.
 
     Args:
       network: a network of `nas_bench_101_space`.
@@ -77,7 +79,7 @@ def derive_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int
       max_edges: at least the number of vertices minus one; the benchmark has 9.
 
     Returns:
-      A pruned `Graph`, in the benchmark.
+      A pruned `Graph`, which is a cell of the benchmark.
 
     Raises:
       ValueError: if the weights have another shape, or if some are negative, NaN or infinite.
@@ -93,18 +95,18 @@ def derive_graph(network: Network, weights: Mapping[str, Any], *, max_edges: int
             vertices = edge.source // 2, (edge.target + 1) // 2
             strength[vertices] = row[2]
             likely |= {vertices} if row.argmax() == 2 else set()
-    best = {0: (1.0, [])}  # vertex -> the product, and the edges
+    best = {0: (1.0, [])}  # vertex -> the largest product of a path to it, and its edges
     for v in range(1, last + 1):
         best[v] = max(((best[u][0] * strength[u, v], [*best[u][1], (u, v)]) for u in range(v)), key=lambda b: b[0])
     path = best[last][1]
     others = sorted(likely - {*path}, key=lambda edge: (-strength[edge], edge))
     kept = {*path, *others[: max_edges - len(path)]}
     matrix = tuple(tuple(int((s, t) in kept) for t in range(last + 1)) for s in range(last + 1))
-    return pruned_cell(Graph(matrix, tuple(ops)))  # not None: the path joins input and output
+    return pruned_cell(Graph(matrix, tuple(ops)))  # does not raise: the path joins input and output
 
 
 def _checked_weights(kind: str, cell: Cell, weights: Mapping[str, Any]) -> np.ndarray:
-    """The weights [edges, ops] of a kind of cell; raises ValueError if they are not weights of it."""
+    """The weights [edges, ops] of a kind of cell. Raises ValueError unless they have this shape and are in [0, ∞)."""
     w = np.asarray(weights[kind], np.float64)
     shape = len(cell.edges), len(cell.edges[0].ops)
     if w.shape != shape or (w < 0).any():

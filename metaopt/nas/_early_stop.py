@@ -2,7 +2,8 @@
 
     curvature: stop at epoch e ≥ `start` if  mean of |κ| over the last `window` epochs > factor · the same mean `delta`
                epochs earlier, and keep the α of epoch e − `delta`
-    skips:     stop at epoch e ≥ `start` if  a cell of the genotype has more than `most`, and keep the α of epoch e − 1
+    skips:     stop at epoch e ≥ `start` if  a cell of the genotype has more than `max_skips` skips,
+               and keep the α of epoch e − 1
 
 Sources: Zela et al., ICLR 2020, Sec. 4.3, https://arxiv.org/abs/1909.09656; Liang et al., 2019 (DARTS+),
 https://arxiv.org/abs/1909.06035
@@ -68,8 +69,8 @@ def stopped_by_curvature(
 
     Args:
       estimator: an estimator of one task, such as DARTS's; its state must carry the training.
-      problem: the problem whose f is measured. It is the problem of the rule, or the problem from which that one was
-        made (see `own`).
+      problem: the problem whose f is measured. It is the problem that `estimator` differentiates, or the problem from
+        which that one was made (see `own`).
       every: number of estimates per epoch.
       window: number of epochs that are averaged.
       start: the first epoch that may stop, counted from 0.
@@ -119,7 +120,7 @@ def stopped_by_skips(
     max_skips: int = 1,
     start: int = 1,
 ) -> base.Estimator:
-    """The same estimator, which also applies the rule of skips of this module at the end of every epoch.
+    """The same estimator, which also applies this module's rule for skips at the end of every epoch.
 
     After the stop it behaves like `stopped_by_curvature`. The cost is negligible.
 

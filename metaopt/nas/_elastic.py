@@ -1,4 +1,4 @@
-"""Supernets over sizes: they have the weights of the largest network, and smaller networks are slices of them.
+"""Supernets over sizes: they have the weights of the largest network; smaller networks use slices of these weights.
 
 A convolution has candidates k for its window, c for its channels and d for its depth. Under mixing weights w it
 computes:
@@ -8,15 +8,19 @@ computes:
     output = Σ_d w_d h_d
 
 The mixture over windows is one convolution, since convolutions are linear in W. norm_c is the normalization of the
-small network. With "batch", each channel has its own statistics, and there is no b: subtracting the mean removes it, so
-its gradient would be rounding noise, which Adam amplifies. The mask is applied after this normalization, which would
-undo an earlier mask. With "layer", the mean and variance are over the first c channels only. At one-hot weights, masked
-channels are exact zeros, so their rows in the next W do not matter. The supernet then equals the small network, whose
-parameters are slices.
+network with c channels:
+
+- "batch": each channel has its own statistics. b is left out, because subtracting the mean removes it. (Its gradient
+  would be rounding noise, which Adam amplifies.) The mask comes after the normalization, which would undo an earlier
+  mask.
+- "layer": the mean and variance are over the first c channels only.
+
+At one-hot weights, masked channels are exact zeros, so their rows in the next W do not matter. The supernet then equals
+the small network, whose parameters are slices.
 
 **Masks save no compute during the search.** Every step costs as much as a step of the largest network at its full
-depth, whatever w is. Only the discrete network is cheaper. More candidates for windows and depths cost nothing extra,
-and candidates for widths cost one mask.
+depth, whatever w is. Only the discrete network is cheaper. More candidates for windows and depths cost nothing extra.
+Candidates for widths cost one mask, or with "layer" one normalization for each candidate.
 
 Sources: for masks, Wan et al., CVPR 2020, https://arxiv.org/abs/2004.05565; for windows, Stamoulis et al., 2019,
 https://arxiv.org/abs/1904.02877; for depths, Cai et al., ICLR 2020, https://arxiv.org/abs/1908.09791
@@ -59,8 +63,8 @@ class Placed(NamedTuple):
 
     def choices(self) -> dict[str, str]:
         """Size -> the name of its choice, for sizes with several candidates; "in" is the width of the input."""
-        own = {s: f"{self.name}.{s}" for s in ("kernel", "width", "depth") if len(getattr(self.layer, s)) > 1}
-        return {**({"in": self.in_choice} if self.in_choice else {}), **own}
+        own_choices = {s: f"{self.name}.{s}" for s in ("kernel", "width", "depth") if len(getattr(self.layer, s)) > 1}
+        return {**({"in": self.in_choice} if self.in_choice else {}), **own_choices}
 
     def sized(self, sizes: Mapping[str, int]) -> "Placed":
         """The same layer with one candidate for each size in `sizes`."""
@@ -73,6 +77,8 @@ def placed(network: ElasticNetwork, in_shape: Sequence[int]) -> list[Placed]:
     """All layers with the shapes of their inputs, the head last."""
     check_elastic(network)
     *spatial, channels = in_shape
+    # The input of the next layer, as in `Placed`: its spatial shape, the candidates for its channels, the name of the
+    # choice among them, and whether a "flatten" layer came just before.
     spatial, width, choice, flat = tuple(spatial), (channels,), None, False
     layers = []
     head = ElasticLayer("linear", (network.num_outputs,))
@@ -145,16 +151,16 @@ def slice_layer(place: Placed, small: Placed, params: list[dict[str, jax.Array]]
 def apply_layer(
     place: Placed, params, x: jax.Array, weights: Mapping[str, jax.Array], remat: bool = False
 ) -> jax.Array:
-    """A layer under the weights of its choices, each [candidates]; a size without weights is the largest."""
+    """Applies a layer under the weights [candidates] of its choices; a size without weights has its largest value."""
     layer, last = place.layer, place.name == "head"
     if not layer.width:
         return _pool(layer.kind, layer.stride, x)
     if last and not place.flat:
         x = x.mean(tuple(range(1, x.ndim - 1)))
     kernel, width, depth = (weights.get(f"{place.name}.{size}") for size in ("kernel", "width", "depth"))
-    under = np.arange(layer.width[-1])[None] < np.array(layer.width)[:, None]  # [candidates, channels]
+    width_masks = np.arange(layer.width[-1])[None] < np.array(layer.width)[:, None]  # [candidates, channels]
 
-    def once(p, x, first):
+    def apply_once(p, x, first):
         if layer.kind == "conv":
             w = p["w"] if kernel is None else p["w"] * _window(kernel, layer.kernel, len(place.spatial))
             y = _ops.convolve(x, w, stride=layer.stride if first else 1)
@@ -167,16 +173,16 @@ def apply_layer(
             return y
         broadcast = lambda mask: mask.reshape((1,) * (y.ndim - 1) + (-1,))
         if layer.norm == "layer" and width is not None:
-            parts = [jax.nn.relu(_layer_norm(y, broadcast(jnp.asarray(m, y.dtype)))) for m in under]
+            parts = [jax.nn.relu(_layer_norm(y, broadcast(jnp.asarray(m, y.dtype)))) for m in width_masks]
             return jnp.tensordot(width, jnp.stack(parts), 1)
         if layer.norm:
             y = _ops.normalized(y) if layer.norm == "batch" else _layer_norm(y, jnp.ones_like(y[:1]))
         y = jax.nn.relu(y)
-        return y if width is None else y * broadcast(width @ jnp.asarray(under, y.dtype))
+        return y if width is None else y * broadcast(width @ jnp.asarray(width_masks, y.dtype))
 
     outputs = []
     for i, p in enumerate(params):
-        run = lambda p, x, first=i == 0: once(p, x, first)
+        run = lambda p, x, first=i == 0: apply_once(p, x, first)
         x = (jax.checkpoint(run) if remat else run)(p, x)
         outputs.append(x)
     if depth is None:
@@ -186,8 +192,8 @@ def apply_layer(
 
 def _window(weights: jax.Array, sizes: tuple[int, ...], spatial: int) -> jax.Array:
     """[window..., 1, 1]: for each position, the total weight of the windows that contain it."""
-    far = abs(np.arange(sizes[-1]) - sizes[-1] // 2)
-    distance = np.max(np.stack(np.meshgrid(*[far] * spatial, indexing="ij")), 0)
+    axis_distance = abs(np.arange(sizes[-1]) - sizes[-1] // 2)
+    distance = np.max(np.stack(np.meshgrid(*[axis_distance] * spatial, indexing="ij")), 0)
     inside = np.stack([distance <= size // 2 for size in sizes], -1)
     return (jnp.asarray(inside, weights.dtype) @ weights)[..., None, None]
 
@@ -212,7 +218,7 @@ def _pool(kind: str, stride: int, x: jax.Array) -> jax.Array:
 
 
 def elastic_functions(network: ElasticNetwork, in_shape: tuple[int, ...], *, single_path: bool, remat: bool):
-    """`init`, `apply`, `features` and `head` of a `Supernet`, and `(params, discrete network) -> its params`."""
+    """`init`, `apply`, `features` and `head` of a `Supernet`, and `(params, small) -> params` of a discrete network."""
     layers, cells = placed(network, in_shape), network.cells
 
     def init(key):
@@ -264,6 +270,6 @@ def chosen(network: ElasticNetwork, genotype: Genotype) -> ElasticNetwork:
     """The network with the sizes of a genotype, which must be a genotype of this network."""
     layers = dict(network.layers)
     for choice, ((_, _, size),) in genotype.items():
-        name, _, what = choice.rpartition(".")
-        layers[name] = layers[name]._replace(**{what: (int(size),)})
+        name, _, size_name = choice.rpartition(".")
+        layers[name] = layers[name]._replace(**{size_name: (int(size),)})
     return network._replace(layers=layers)

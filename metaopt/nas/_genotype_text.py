@@ -82,7 +82,7 @@ def _to_json(genotype: Genotype) -> str:
 
 @contextlib.contextmanager
 def _reading_json(text: str) -> Iterator[dict[str, Any]]:
-    """Gives the fields of a JSON object of version 1. What fails while they are read becomes a ValueError.
+    """Yields the fields of a JSON object of version 1. Converts errors of the `with` block to a ValueError.
 
     Args:
       text: JSON.
@@ -144,7 +144,9 @@ def _to_darts(genotype: Genotype) -> str:
         targets = sorted(operator.index(t) for _, t, _ in edges)
         nodes = range(2, targets[-1] + 1) if targets else range(0)
         if not targets or targets != [t for t in nodes for _ in range(2)] or any(not 0 <= s < t for s, t, _ in edges):
-            raise ValueError(f"DARTS's form has two edges from earlier nodes into every node; {kind!r} has {edges}.")
+            raise ValueError(
+                f"In the form of DARTS, every node has two edges from earlier nodes; {kind!r} has {edges}."
+            )
         pairs = [(op, operator.index(s)) for s, _, op in sorted(edges, key=by_target)]
         parts += [f"{kind}={pairs}", f"{kind}_concat={nodes}"]
     return f"Genotype({', '.join(parts)})"
@@ -176,7 +178,8 @@ def _from_darts(text: str, primitives: Sequence[str] = DARTS_PRIMITIVES) -> Geno
             if type(source) is not int or not 0 <= source < target or op not in primitives:
                 raise ValueError(
                     f"The edges to node {target} of {kind!r} must come from nodes 0 to {target - 1}, with an op among "
-                    f"{', '.join(primitives)}; got {source!r} and {op!r}. Pass your own `primitives`."
+                    f"{', '.join(primitives)}; got {source!r} and {op!r}. To read ops of your own space, pass "
+                    "`primitives`."
                 )
         if len({edge[:2] for edge in edges}) < len(edges):
             raise ValueError(f"A node of {kind!r} has two edges from the same node: {text!r}.")
@@ -192,7 +195,9 @@ def _darts_fields(text: str) -> list[tuple[str, list, list[int]]]:
     fields = {str(keyword.arg): keyword.value for keyword in call.keywords}
     kinds = [name for name in fields if not name.endswith("_concat")]
     if not kinds or set(fields) != {*kinds, *(f"{kind}_concat" for kind in kinds)} or len(fields) < len(call.keywords):
-        raise ValueError("each cell needs the nodes of its output, once")
+        raise ValueError(
+            "each cell must have exactly one field `<kind>`, and one field `<kind>_concat` with the nodes of its output"
+        )
     cells = []
     for kind in kinds:
         nodes = fields[f"{kind}_concat"]
@@ -206,7 +211,7 @@ def _darts_fields(text: str) -> list[tuple[str, list, list[int]]]:
 
 def _darts_cell(pairs: list, nodes: list[int]) -> tuple[tuple[int, int, str], ...]:
     if nodes != list(range(2, 2 + len(pairs) // 2)) or len(pairs) % 2:
-        raise ValueError("the output lacks a node, or there is an edge too many")
+        raise ValueError("the output does not list all nodes in order, or the number of edges is odd")
     return tuple((source, 2 + i // 2, op) for i, (op, source) in enumerate(pairs))
 
 

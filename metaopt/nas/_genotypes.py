@@ -1,4 +1,4 @@
-"""Genotypes, the discrete architectures: made from mixing weights, and as specs, weights and scores.
+"""Genotypes, which are discrete architectures: their networks, their mixing weights, and α from their scores.
 
 For each kind of cell, a genotype lists the edges that are kept and their ops: {kind: ((source, target, op), ...)}.
 """
@@ -67,19 +67,19 @@ def one_hot(network: Space, genotype: Genotype) -> dict[str, np.ndarray]:
 
 
 def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Computes α from scores of architectures: how much better those with an op on an edge score than the average.
+    """Computes α from scores: how much better the architectures with an op on an edge score than the average.
 
         α[e, o] = mean {s_a : o on e in a} − mean_a s_a
 
-    The scores may come from an h that was learned from records (`nas.train_cell_searcher`), or from any other
-    source. The result is a starting point for a search, or for an h that is then learned by hypergradients:
+    The scores may come from a predictor h that was learned from records (`nas.train_cell_searcher`), or from any
+    other source. The result is a starting point for a search, or for an h that is then learned by hypergradients:
     `predictors.mlp(space, num_features, hyperparams=alpha)`.
 
     Args:
       network: the spec of a supernet.
       genotypes: A genotypes; an edge that a genotype lacks counts as its "none".
-      scores: [A], larger is better. NaN and −inf count as the smallest of the other scores. Examples are a failed
-        training, and `synflow` if nothing arrives at the output.
+      scores: [A], larger is better. NaN and −inf count as the smallest of the other scores. They come, for example,
+        from a failed training, or from `synflow` if nothing arrives at the output.
 
     Returns:
       kind -> [edges, ops]; 0 if no architecture has the op.
@@ -103,13 +103,13 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
     rows = [one_hot(network, genotype) for genotype in genotypes]
     alpha = {}
     for kind, cell in network.cells.items():
-        has = np.stack([row[kind] for row in rows])  # [A, edges, ops]
+        op_present = np.stack([row[kind] for row in rows])  # [A, edges, ops]
         for e, edge in enumerate(cell.edges):
             if NONE in edge.ops:
-                has[:, e, edge.ops.index(NONE)] = 0
-                has[:, e, edge.ops.index(NONE)] = 1 - has[:, e].sum(-1)
-        total = np.einsum("a,aeo->eo", scores - scores.mean(), has)
-        alpha[kind] = total / np.maximum(has.sum(0), 1)
+                op_present[:, e, edge.ops.index(NONE)] = 0
+                op_present[:, e, edge.ops.index(NONE)] = 1 - op_present[:, e].sum(-1)
+        total = np.einsum("a,aeo->eo", scores - scores.mean(), op_present)
+        alpha[kind] = total / np.maximum(op_present.sum(0), 1)
     return alpha
 
 
@@ -120,8 +120,8 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
       seed: at least 0; the same seed gives the same genotype.
       network: the spec of a supernet.
       keep: number of edges into each node. They are distinct, and all sets of edges are equally likely. Each edge gets
-        an op other than "none", and all of these are equally likely. None draws an op on every edge, with "none" among
-        them. "space" uses the rule of the network.
+        an op other than "none", and all these ops are equally likely. With None, every edge gets an op, and "none" is
+        as likely as the others. "space" uses the rule of the network.
 
     Returns:
       A `Genotype`, its edges in the order of the network.
@@ -138,29 +138,29 @@ def random_genotype(seed: int, network: Network, *, keep: int | None | str = "sp
         else:
             kept = []
             for node in sorted({edge.target for edge in cell.edges}):
-                among = lambda edge, node=node: edge.target == node and set(edge.ops) != {NONE}
-                into = [e for e, edge in enumerate(cell.edges) if among(edge)]
-                kept += rng.permutation(into)[:keep].tolist()
+                is_candidate = lambda edge, node=node: edge.target == node and set(edge.ops) != {NONE}
+                edges_into_node = [e for e, edge in enumerate(cell.edges) if is_candidate(edge)]
+                kept += rng.permutation(edges_into_node)[:keep].tolist()
         drawn = []
         for e in sorted(kept):
-            among = [op for op in cell.edges[e].ops if keep is None or op != NONE]
-            drawn.append((*cell.edges[e][:2], among[int(rng.integers(len(among)))]))
+            candidate_ops = [op for op in cell.edges[e].ops if keep is None or op != NONE]
+            drawn.append((*cell.edges[e][:2], candidate_ops[int(rng.integers(len(candidate_ops)))]))
         genotype[kind] = tuple(edge for edge in drawn if edge[2] != NONE)
     return genotype
 
 
 def edges_kept(network: Space, keep: int | None | str) -> int | None:
-    """The number of edges into each node of a genotype; None if every edge is decided by itself.
+    """The number of edges into each node of a genotype; None if the op of every edge is chosen separately.
 
     `keep` may be "space"; then the rule of the network applies.
     """
-    own = network.keep if isinstance(network, Network) else None
-    if own == "graph":
+    default_keep = network.keep if isinstance(network, Network) else None
+    if default_keep == "graph":
         raise ValueError(
             "The network's cells are graphs with ops on vertices (NAS-Bench-101), for which a number of edges into "
             "each node has no meaning."
         )
-    rule = own if keep == "space" else keep
+    rule = default_keep if keep == "space" else keep
     if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
         raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
@@ -182,7 +182,7 @@ def by_target(edge: tuple[int, int, str]) -> tuple[int, int]:
 def check_genotype(network: Space, genotype: Genotype) -> None:
     """Raises ValueError if a genotype is not in the space of a network."""
     if set(genotype) != set(network.cells):
-        raise ValueError(f"The genotype has the kinds {sorted(genotype)}, and the network {sorted(network.cells)}.")
+        raise ValueError(f"The genotype has the kinds {sorted(genotype)}, but the network has {sorted(network.cells)}.")
     for kind, cell in network.cells.items():
         candidates = {edge[:2]: edge.ops for edge in cell.edges}
         for s, t, op in genotype[kind]:

@@ -19,20 +19,20 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
 
     Use it together with `BLOCKS`: `{**nas.BLOCKS, **nas.graph_ops(adjacency)}`.
 
-    A[i, j] is the weight of the edge from node j to node i, and Ã = A + I. d and d̃ are the row sums of A and Ã; x_i are
-    rows:
+    A[i, j] is the weight of the edge from node j to node i, and Ã = A + I. The row sums of A and Ã are d and d̃. D̃ is
+    diag(d̃), and x_i is the row of node i:
 
         gcn:   D̃^(−1/2) Ã D̃^(−1/2) x W                                    (Kipf & Welling)
         sage:  x W₁ + (A x / d) W₂, the mean over neighbors                (Hamilton, Ying & Leskovec)
         gin:   relu(((1 + ε) x + A x) W₁) W₂                               (Xu et al.)
         gat:   Σ_j softmax_j(LeakyReLU(a·x_i W + b·x_j W)) x_j W over Ã_ij ≠ 0, one head (Veličković et al.)
 
-    The ops have no normalization, and no nonlinearity before or after. `norm_relu` is a separate layer. "mlp", "linear"
-    and "skip_connect" of `BLOCKS` act on each node separately. "attention" acts on all nodes, whether edges join them
-    or not.
+    The ops have no normalization, and no nonlinearity before or after; add a layer "norm_relu" for both. "mlp",
+    "linear" and "skip_connect" of `BLOCKS` act on each node separately. "attention" acts on all nodes, whether edges
+    join them or not.
 
     Args:
-      adjacency: [nodes, nodes], not negative, without self-loops (a rule adds them if it needs them). Make it symmetric
+      adjacency: [nodes, nodes], not negative, without self-loops (an op adds them if it needs them). Make it symmetric
         for an undirected graph. It is dense, so memory grows as nodes².
 
     Returns:

@@ -1,4 +1,4 @@
-"""Cells as expressions and as graphs with ops on vertices, and the rules by which two cells are the same one."""
+"""Cells as expressions and as graphs with ops on vertices, and the rules that decide whether two cells are equal."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,9 +17,9 @@ def canonical(
 ) -> str:
     """A cell as an expression. Cells that compute the same function of their weights have the same expression.
 
-    Each node is the sorted sum of its terms, op(node). Zeros are left out. The terms of a skipped node join the sum.
-    (As in the rule of NAS-Bench-201, two cases are written the same: an op that is used twice, and two equal ops with
-    their own weights.)
+    A node is the sorted sum of its terms. An edge adds the term op(source), and a skip adds the terms of its source.
+    Zeros are left out. (As in the rule of NAS-Bench-201, the expression does not distinguish one op that is used twice
+    from two equal ops with separate weights.)
 
     Args:
       edges: (source, target, op), of one kind of cell of a genotype.
@@ -50,7 +50,7 @@ class Graph(NamedTuple):
     """A cell of NAS-Bench-101: a graph with ops on vertices.
 
     Attributes:
-      matrix: [V, V] of 0 and 1, upper triangular; the first vertex is the input, the last one the output.
+      matrix: [V, V] of 0 and 1, strictly upper triangular; the first vertex is the input, the last one the output.
       ops: [V] names, "input" first and "output" last.
     """
 
@@ -103,30 +103,33 @@ def pruned(graph: Graph) -> Graph | None:
       A `Graph`; None if no path leads from the input to the output.
 
     Raises:
-      ValueError: if the matrix is not square, or not upper triangular of 0 and 1, or if there is not one op per vertex.
+      ValueError: if the matrix is not square, not of 0 and 1, or not strictly upper triangular (with zeros on the
+        diagonal). Also if there is not one op per vertex.
     """
     matrix = np.asarray(graph.matrix)
     size = len(graph.ops)
     if matrix.shape != (size, size) or (np.tril(matrix) != 0).any() or not np.isin(matrix, (0, 1)).all():
-        raise ValueError(f"`matrix` must be upper triangular, of 0 and 1 and shape {(size, size)}; got {graph.matrix}.")
+        raise ValueError(
+            f"`matrix` must be strictly upper triangular, of 0 and 1 and shape {(size, size)}; got {graph.matrix}."
+        )
     reached, reaching = np.zeros(size, bool), np.zeros(size, bool)
     reached[0] = reaching[-1] = True
     for v in range(size):
         reached |= reached[v] * (matrix[v] > 0)
         reaching |= reaching[-1 - v] * (matrix[:, -1 - v] > 0)
-    on = np.flatnonzero(reached & reaching)
-    if not (on.size and on[0] == 0 and on[-1] == size - 1):
+    on_path = np.flatnonzero(reached & reaching)
+    if not (on_path.size and on_path[0] == 0 and on_path[-1] == size - 1):
         return None
-    rows = tuple(tuple(int(x) for x in matrix[v, on]) for v in on)
-    return Graph(rows, tuple(graph.ops[v] for v in on))
+    rows = tuple(tuple(int(x) for x in matrix[v, on_path]) for v in on_path)
+    return Graph(rows, tuple(graph.ops[v] for v in on_path))
 
 
 def pruned_cell(graph: Graph) -> Graph:
     """`pruned(graph)`; raises ValueError if no path leads from the input to the output."""
-    whole = pruned(graph)
-    if whole is None:
+    pruned_graph = pruned(graph)
+    if pruned_graph is None:
         raise ValueError(f"The graph has no path from its input to its output: {graph}.")
-    return whole
+    return pruned_graph
 
 
 def nas_bench_101_hash(graph: Graph) -> str:
@@ -146,14 +149,14 @@ def nas_bench_101_hash(graph: Graph) -> str:
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
-    whole = pruned_cell(graph)
+    pruned_graph = pruned_cell(graph)
     digest = lambda text: hashlib.md5(text.encode()).hexdigest()
-    matrix = np.asarray(whole.matrix)
-    labels = [-1, *(NAS_BENCH_101_PRIMITIVES.index(op) for op in whole.ops[1:-1]), -2]
+    matrix = np.asarray(pruned_graph.matrix)
+    labels = [-1, *(NAS_BENCH_101_PRIMITIVES.index(op) for op in pruned_graph.ops[1:-1]), -2]
     degrees = zip(matrix.sum(1).tolist(), matrix.sum(0).tolist(), labels, strict=True)
     hashes = [digest(str(each)) for each in degrees]
-    around = [(np.flatnonzero(matrix[:, v]), np.flatnonzero(matrix[v])) for v in range(len(matrix))]
+    neighbors = [(np.flatnonzero(matrix[:, v]), np.flatnonzero(matrix[v])) for v in range(len(matrix))]
     for _ in hashes:
-        sides = [["".join(sorted(hashes[u] for u in side)) for side in both] for both in around]
+        sides = [["".join(sorted(hashes[u] for u in side)) for side in both] for both in neighbors]
         hashes = [digest(f"{before}|{behind}|{own}") for (before, behind), own in zip(sides, hashes, strict=True)]
     return digest(str(sorted(hashes)))

@@ -18,14 +18,14 @@ from metaopt.nas._specs import Cell, Edge, Layer, Network
 
 
 class Group(NamedTuple):
-    """Edges of a cell that are one scan: they have the same candidates and stride, and follow one another in order."""
+    """Edges of a cell that are one scan. They have the same candidates and shapes, and run one after the other."""
 
     edges: tuple[int, ...]  # positions among the cell's edges
     ops: tuple[str, ...]
     in_shape: tuple[int, ...]  # input shape of the ops, after the split of channels
     channels: int  # output channels of the ops
     stride: int
-    enters: bool  # whether they start at inputs whose shape differs from the nodes
+    enters: bool  # whether the edges start at inputs whose shape differs from the shape of the nodes
 
 
 class Run(NamedTuple):
@@ -72,7 +72,7 @@ def build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op
             groups, new = _groups(layer, cell, in_shapes, partial, out_shape)
         run = Run(layer, 1, in_shapes, new, groups)
         alike = bool(runs) and runs[-1][2:] == run[2:] and runs[-1].layer == layer
-        # The carry of a scan keeps its shapes. Layers with one input do not read `before`.
+        # The carry of a scan, `before` and `last`, must keep its shapes. Layers with one input do not read `before`.
         if alike and last == new and (len(in_shapes) == 1 or (before == last and i > 1)):
             runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
         else:
@@ -99,7 +99,7 @@ def _groups(
             "or set `preprocess=True`."
         )
     for shape in in_shapes[:-1]:
-        preprocess_stride(shape, in_shapes[-1])  # raises
+        preprocess_stride(shape, in_shapes[-1])  # raises if no stride fits
     small = tuple(-(-n // stride) for n in spatial)
 
     def alike(edge):
@@ -108,7 +108,8 @@ def _groups(
             return edge.ops, (*spatial, width // partial), stride, True
         return edge.ops, (*small, channels // partial), 1, False
 
-    # First the edges that change the shape, which start at inputs; then by target, so that sources are complete.
+    # Edges that change the shape come first. All of them start at inputs. The other edges are in the order of their
+    # targets, so that a node is complete before an edge starts from it.
     order = sorted(range(len(cell.edges)), key=lambda e: _order(cell.edges[e], alike(cell.edges[e])[3]))
     groups = []
     for (names, shape, edge_stride, enters), edges in itertools.groupby(order, key=lambda e: alike(cell.edges[e])):
@@ -138,10 +139,10 @@ def num_keys(run: Run) -> int:
 
 
 def init_run(keys: jax.Array, run: Run, cell: Cell | None, ops: Mapping[str, _ops.Op]) -> base.PyTree:
-    """Parameters of a run, with one key per op. Layers are stacked, and within a cell the edges of each group."""
+    """Parameters of a run, with one key per op: stacked over layers, and in each group of edges also over the edges."""
     name, channels, stride = run.layer
 
-    def one(keys):
+    def init_layer(keys):
         if cell is None:
             return ops[name].init(keys[0], run.in_shapes[0], channels, stride)
         inputs = [
@@ -158,7 +159,7 @@ def init_run(keys: jax.Array, run: Run, cell: Cell | None, ops: Mapping[str, _op
             groups.append(params)
         return {"inputs": inputs, "edges": groups}
 
-    return jax.vmap(one)(keys.reshape(run.length, -1))
+    return jax.vmap(init_layer)(keys.reshape(run.length, -1))
 
 
 def input_init(key, shape, channels, stride):
@@ -172,40 +173,40 @@ def input_apply(params, x, channels, stride):
 
 def unstacked(layers: list, runs: list[Run], network: Network) -> list[dict]:
     """One entry per layer: {"inputs" or "op": ..., (source, target, op name): params}."""
-    flat = []
+    layers_params = []
     for run, stacked in zip(runs, layers, strict=True):
         cell = network.cells.get(run.layer.name)
         for i in range(run.length):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
             if cell is None:
-                flat.append({"op": layer})
+                layers_params.append({"op": layer})
                 continue
-            one: dict = {"inputs": layer["inputs"]}
+            layer_params: dict = {"inputs": layer["inputs"]}
             for group, params in zip(run.groups, layer["edges"], strict=True):
                 for j, e in enumerate(group.edges):
                     for op, stack in zip(group.ops, params, strict=True):
-                        one[(*cell.edges[e][:2], op)] = jax.tree.map(lambda leaf, j=j: leaf[j], stack)
-            flat.append(one)
-    return flat
+                        layer_params[(*cell.edges[e][:2], op)] = jax.tree.map(lambda leaf, j=j: leaf[j], stack)
+            layers_params.append(layer_params)
+    return layers_params
 
 
-def stacked_layers(flat: list[dict], runs: list[Run], network: Network) -> list:
+def stacked_layers(layers_params: list[dict], runs: list[Run], network: Network) -> list:
     """The inverse of `unstacked`, for a network that may have fewer edges and ops."""
     stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-    flat, layers = list(flat), []
+    layers_params, layers = list(layers_params), []
     for run in runs:
-        cell, ones = network.cells.get(run.layer.name), []
+        cell, run_params = network.cells.get(run.layer.name), []
         for _ in range(run.length):
-            one = flat.pop(0)
+            layer_params = layers_params.pop(0)
             if cell is None:
-                ones.append(one["op"])
+                run_params.append(layer_params["op"])
                 continue
             edges = [
-                [stack([one[(*cell.edges[e][:2], op)] for e in group.edges]) for op in group.ops]
+                [stack([layer_params[(*cell.edges[e][:2], op)] for e in group.edges]) for op in group.ops]
                 for group in run.groups
             ]
-            ones.append({"inputs": one["inputs"], "edges": edges})
-        layers.append(stack(ones))
+            run_params.append({"inputs": layer_params["inputs"], "edges": edges})
+        layers.append(stack(run_params))
     return layers
 
 
@@ -264,6 +265,9 @@ def apply_cell(
             for p, x, shape in zip(params["inputs"], inputs, run.in_shapes, strict=True)
         ]
     num_nodes = max([*cell.output, *(edge.target for edge in cell.edges)]) + 1
+    # A scan looks up the source of an edge by its index, so all sources must have one shape. `nodes` holds all nodes,
+    # and the inputs too if they have the shape of the nodes. Edges that change the shape of an input (`group.enters`)
+    # read it from `stack`.
     stack = jnp.stack(inputs)
     shape = (num_nodes, stack.shape[1], *run.out_shape[:-1], channels)
     nodes = jnp.zeros(shape, stack.dtype)
@@ -283,11 +287,11 @@ def apply_cell(
             old = jax.lax.dynamic_index_in_dim(nodes, target, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(nodes, old + y, target, 0), None
 
-        each = (group_params, w, keep, sources, targets)
+        edge_inputs = (group_params, w, keep, sources, targets)
         if len(sources) > 1:
-            nodes, _ = jax.lax.scan(step, nodes, jax.tree.map(jnp.asarray, each))
+            nodes, _ = jax.lax.scan(step, nodes, jax.tree.map(jnp.asarray, edge_inputs))
         else:
-            nodes, _ = step(nodes, jax.tree.map(lambda leaf: leaf[0], each))
+            nodes, _ = step(nodes, jax.tree.map(lambda leaf: leaf[0], edge_inputs))
     return jnp.concatenate([nodes[i] for i in cell.output], -1)
 
 
@@ -302,24 +306,24 @@ def _edge(group: Group, ops: Mapping[str, _ops.Op], options: Options, params, w,
         return y * keep.reshape(-1, *[1] * (y.ndim - 1))
 
     applied = [lambda p, x, name=name: apply(p, x, name) for name in group.ops]
-    seen = x[..., :width]
+    op_channels = x[..., :width]
     if w is None:
-        y = sum(apply(p, seen) for apply, p in zip(applied, params, strict=True))
+        y = sum(apply(p, op_channels) for apply, p in zip(applied, params, strict=True))
     elif options.single_path:
         index = jnp.argmax(jnp.abs(w))
         branches = [lambda x, ps, i=i, apply=apply: apply(ps[i], x) for i, apply in enumerate(applied)]
-        y = w[index] * jax.lax.switch(index, branches, seen, params)
+        y = w[index] * jax.lax.switch(index, branches, op_channels, params)
     else:
-        y = sum(w[i] * apply(p, seen) for i, (apply, p) in enumerate(zip(applied, params, strict=True)))
+        y = sum(w[i] * apply(p, op_channels) for i, (apply, p) in enumerate(zip(applied, params, strict=True)))
     if partial == 1:
         return y
     # The sum is 1 after a softmax. Other relaxations use it to scale or drop a whole edge.
-    rest = x[..., width:] * (1 if w is None else w.sum())
+    bypass_channels = x[..., width:] * (1 if w is None else w.sum())
     if stride > 1:
         window = (1, *[stride] * (x.ndim - 2), 1)
-        padding = [(0, -n % size) for n, size in zip(rest.shape, window, strict=True)]
-        rest = jax.lax.reduce_window(rest, -jnp.inf, jax.lax.max, window, window, padding)
-    y = jnp.concatenate([y, rest], -1)
+        padding = [(0, -n % size) for n, size in zip(bypass_channels.shape, window, strict=True)]
+        bypass_channels = jax.lax.reduce_window(bypass_channels, -jnp.inf, jax.lax.max, window, window, padding)
+    y = jnp.concatenate([y, bypass_channels], -1)
     return y.reshape(*y.shape[:-1], partial, width).swapaxes(-1, -2).reshape(y.shape)  # shuffled
 
 

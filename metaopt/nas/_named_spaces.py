@@ -71,7 +71,7 @@ def nas_bench_201_space(num_outputs: int = 10, *, channels: int = 16, cells_per_
 
     Returns:
       A `Network` over `NAS_BENCH_201_OPS`, of the single kind "cell" with mixing weights [6, 5]. The edges are 0→1,
-      0→2, 1→2, 0→3, 1→3, 2→3; each has its own argmax.
+      0→2, 1→2, 0→3, 1→3, 2→3. A genotype takes the argmax of each edge separately.
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
     """
@@ -87,8 +87,8 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
     """The micro space of TransNAS-Bench-101: five modules of one kind of cell.
 
     The first, third and fifth module are reductions. A reduction doubles the channels and halves the positions, on the
-    edges from the input of its first cell. The networks of the macro space have shapes that depend on the choices. No
-    mixture can do this, so they exist only as a table.
+    edges from the input of its first cell. The macro space exists only as a table: the shapes of its networks depend on
+    the choices, and the terms of a mixture must have one shape.
 
     Args:
       num_outputs: number of classes or targets; the benchmark has its own decoders for tasks with outputs at every
@@ -98,8 +98,7 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
 
     Returns:
       A `Network` over `TRANS_NAS_BENCH_101_OPS`, of the single kind "cell" with mixing weights [6, 4]. The edges are as
-      in `nas_bench_201_space`. A `Benchmark` of this space takes its
-      genotypes directly.
+      in `nas_bench_201_space`. A `Benchmark` of this space takes its genotypes directly.
 
     Source: Duan et al., CVPR 2021, https://arxiv.org/abs/2105.11871
     """
@@ -114,9 +113,8 @@ def trans_nas_bench_101_space(num_outputs: int = 10, *, channels: int = 64, cell
 def nas_bench_macro_space(num_outputs: int = 10, *, channels: int = 32, features: int = 1280) -> Network:
     """The space of NAS-Bench-Macro: eight layers, each an identity or one of two inverted residuals.
 
-    Each layer is chosen separately. The first, third and sixth layer double the channels and halve the positions. A
-    layer is the only path at its place, so `drop_path` would leave nothing. `nas.retraining` therefore takes only
-    `drop_path=0`.
+    Each layer is chosen separately. The first, third and sixth layer double the channels and halve the positions. The
+    layers form a single path, so dropping one would leave nothing. `nas.retraining` therefore takes only `drop_path=0`.
 
     Args:
       num_outputs: number of classes.

@@ -18,7 +18,7 @@ from metaopt.nas._graphs import Graph, pruned_cell
 from metaopt.nas._named_spaces import NAS_BENCH_101_PRIMITIVES
 from metaopt.nas._specs import Cell, Edge, Genotype, Layer, Network
 
-MAX_EDGES = 9  # at most, with at most 7 vertices
+MAX_EDGES = 9  # of a cell with at most 7 vertices
 _PROJECTION = "conv1x1-bn-relu"
 
 
@@ -110,15 +110,15 @@ def nas_bench_101_graph(encoding: Sequence[int] | np.ndarray) -> Graph:
     """
     digits = [int(x) for x in encoding]
     ops = [x for x in digits[21:] if x]
-    fits = len(digits) == 26 and {*digits[:21]} <= {0, 1} and {*ops} <= {1, 2, 3}
-    if not fits or digits[21:] != [*ops, *[0] * (5 - len(ops))]:
+    has_valid_digits = len(digits) == 26 and {*digits[:21]} <= {0, 1} and {*ops} <= {1, 2, 3}
+    if not has_valid_digits or digits[21:] != [*ops, *[0] * (5 - len(ops))]:
         raise ValueError(
             f"A cell of NAS-Bench-101 is 21 bits and up to five ops from 1 to 3, then zeros; got {digits}."
         )
     matrix, size = np.zeros((7, 7), int), len(ops) + 2
     matrix[np.triu_indices(7, 1)] = digits[:21]
     if matrix[size:].any() or matrix[:, size:].any():
-        raise ValueError(f"The cell has {size} vertices, and edges of more; got {digits}.")
+        raise ValueError(f"The cell has {size} vertices, but its matrix has edges of further vertices; got {digits}.")
     rows = tuple(tuple(int(x) for x in row) for row in matrix[:size, :size])
     return Graph(rows, ("input", *(NAS_BENCH_101_PRIMITIVES[op - 1] for op in ops), "output"))
 
@@ -183,21 +183,22 @@ def graph_op(graph: Graph) -> _ops.Op:
     Raises:
       ValueError: if no path joins input and output, if an op is unknown, or as for `pruned`.
     """
-    whole = pruned_cell(graph)
-    if not set(whole.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
-        raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {whole.ops}.")
-    m, last = np.asarray(whole.matrix), len(whole.ops) - 1
+    pruned_graph = pruned_cell(graph)
+    if not set(pruned_graph.ops[1:-1]) <= set(NAS_BENCH_101_PRIMITIVES):
+        raise ValueError(f"The ops of NAS-Bench-101 are {NAS_BENCH_101_PRIMITIVES}; got {pruned_graph.ops}.")
+    m, last = np.asarray(pruned_graph.matrix), len(pruned_graph.ops) - 1
     ops = _ops.NAS_BENCH_101_OPS
 
     def init(key, in_shape, channels, stride):
         widths, params = _vertex_channels(m, channels), {}
         for v in range(1, last + 1):
             if m[0, v]:
-                into = jax.random.fold_in(key, v)
-                params[f"projection{v}"] = ops[_PROJECTION].init(into, in_shape, widths[v], 1)
+                projection_key = jax.random.fold_in(key, v)
+                params[f"projection{v}"] = ops[_PROJECTION].init(projection_key, in_shape, widths[v], 1)
             if v < last:
                 shape = (*in_shape[:-1], widths[v])
-                params[f"vertex{v}"] = ops[whole.ops[v]].init(jax.random.fold_in(key, last + v), shape, widths[v], 1)
+                vertex_key = jax.random.fold_in(key, last + v)
+                params[f"vertex{v}"] = ops[pruned_graph.ops[v]].init(vertex_key, shape, widths[v], 1)
         return params
 
     def apply(params, x, channels, stride):
@@ -206,7 +207,8 @@ def graph_op(graph: Graph) -> _ops.Op:
         for v in range(1, last):
             terms = [values[u][..., : widths[v]] for u in range(1, v) if m[u, v]]
             terms += [projected(v)] if m[0, v] else []
-            values[v] = ops[whole.ops[v]].apply(params[f"vertex{v}"], sum(terms[1:], terms[0]), widths[v], 1)
+            op = ops[pruned_graph.ops[v]]
+            values[v] = op.apply(params[f"vertex{v}"], sum(terms[1:], terms[0]), widths[v], 1)
         out = [values[v] for v in range(1, last) if m[v, last]]
         if not out:
             return projected(last)
@@ -226,7 +228,10 @@ def _vertex_channels(m: np.ndarray, channels: int) -> list[int]:
     widths = [0] * last + [channels]
     out = [v for v in range(1, last) if m[v, last]]
     if len(out) > channels:
-        raise ValueError(f"{len(out)} vertices lead to the output, and there are {channels} channels to split.")
+        raise ValueError(
+            f"{len(out)} vertices lead to the output, but there are only {channels} channels to split. Use more "
+            "channels."
+        )
     for i, v in enumerate(out):
         widths[v] = channels // len(out) + (i < channels % len(out))
     for v in range(last - 1, 0, -1):
@@ -255,10 +260,13 @@ def nas_bench_101_space(
     - from the input of the cell: ("none", "none", "conv1x1-bn-relu"), its projection;
     - the op of a vertex: `NAS_BENCH_101_PRIMITIVES`.
 
-    ("none" occurs twice because all edges must have the same number of candidates.) There are two differences from the
-    published networks. There the vertices split the channels. Here all vertices have the channels of the cell and are
-    summed at the output, since the weights of a supernet have one shape. And here a layer between stacks doubles the
-    channels.
+    ("none" occurs twice because all edges must have the same number of candidates.) The supernet differs from the
+    published networks in two ways:
+
+    - In a published network, the vertices that lead to the output split the channels of the cell. In the supernet, each
+      vertex has all channels of the cell, and the output is their sum, since the weights of a supernet have one shape.
+    - In a published network, the first cell of a stack doubles the channels. In the supernet, a layer between stacks
+      does so.
 
     Args:
       num_outputs: number of classes.
@@ -304,18 +312,18 @@ def graph_genotype(network: Network, graph: Graph) -> Genotype:
     Raises:
       ValueError: if no path joins input and output, or if there are too many vertices.
     """
-    whole, last = pruned_cell(graph), last_vertex(network)
-    size = len(whole.ops)
+    pruned_graph, last = pruned_cell(graph), last_vertex(network)
+    size = len(pruned_graph.ops)
     if size > last + 1:
         raise ValueError(f"The space has {last + 1} vertices; the graph has {size}.")
     vertex = [*range(size - 1), last]  # the output is the last vertex of the space
     edges = []
     for t in range(1, size):
         for s in range(t):
-            if whole.matrix[s][t]:
+            if pruned_graph.matrix[s][t]:
                 edges.append((2 * vertex[s], 2 * vertex[t] - 1, "skip_connect" if s else _PROJECTION))
         if t < size - 1:
-            edges.append((2 * t - 1, 2 * t, whole.ops[t]))
+            edges.append((2 * t - 1, 2 * t, pruned_graph.ops[t]))
     return {"cell": tuple(edges)}
 
 
@@ -340,8 +348,8 @@ def genotype_graph(genotype: Genotype) -> Graph:
     edges = [(int(s), int(t), op) for s, t, op in genotype.get("cell", ())]
     ops = {s: op for s, t, op in edges if s % 2 and t == s + 1 and op in NAS_BENCH_101_PRIMITIVES}
     links = [(s, t) for s, t, op in edges if not s % 2 and t % 2 and op == ("skip_connect" if s else _PROJECTION)]
-    once = len({edge[:2] for edge in edges}) == len(edges)
-    if set(genotype) != {"cell"} or not once or len(ops) + len(links) < len(edges):
+    no_duplicates = len({edge[:2] for edge in edges}) == len(edges)
+    if set(genotype) != {"cell"} or not no_duplicates or len(ops) + len(links) < len(edges):
         raise ValueError(
             'A genotype of NAS-Bench-101 has only the kind "cell". The ops of its vertices are on edges from 2v − 1 to '
             f"2v, and its links from 2u to 2v − 1, as `graph_genotype` writes them; got {genotype!r}."

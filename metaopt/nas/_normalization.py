@@ -24,7 +24,7 @@ from metaopt.nas._ops import NORMALIZATION
 
 
 class Statistics(NamedTuple):
-    """Moments that one normalization uses. In a scan over layers or edges, its steps are leading axes.
+    """Moments that one normalization uses. Inside a scan over layers or edges, the steps of the scan are leading axes.
 
     Attributes:
       mean: [..., C].
@@ -68,7 +68,7 @@ def over_real_rows(fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: j
 def statistics_of(
     fn: Callable[[jax.Array], base.PyTree], x: jax.Array, mask: jax.Array | None = None
 ) -> list[Statistics]:
-    """The statistics of every `normalized` in `fn`, if each normalizes by the rows x.
+    """The statistics of every `normalized` in `fn`, when each takes its moments over the real rows of x.
 
     Args:
       fn: a function of arrays whose first axis is rows.
@@ -140,7 +140,7 @@ def check_one_row(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> None:
 def _normalize(
     x: jax.Array, epsilon: jax.Array, real: jax.Array | None, statistics: Statistics | None
 ) -> tuple[jax.Array, Statistics]:
-    """`nas.normalized` by `statistics`; without them by the rows [N] that are real, with zeros in the other rows."""
+    """Normalizes x by `statistics`. Without them, it uses the moments of the real rows, and other rows become 0."""
     wide = lambda moment: moment.reshape((1,) * (x.ndim - 1) + (-1,))
     if statistics is not None:
         centered = x - wide(statistics.mean)
@@ -161,7 +161,7 @@ def _real_rows(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _traced(fn: Callable[[jax.Array], base.PyTree], x: jax.Array) -> tuple[Any, Any]:
-    """The jaxpr of `fn`, whose normalizations can all be replaced, and the structure of its outputs."""
+    """The jaxpr of `fn` and the structure of its outputs; raises ValueError if a normalization cannot be replaced."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(x)
     for equation in _jaxpr.equations(closed.jaxpr):
         if equation.primitive.name.startswith("custom_") and any(map(_normalizes, _jaxpr.equations_inside(equation))):

@@ -41,7 +41,7 @@ class Op(NamedTuple):
 
     Attributes:
       init: `(key, in_shape, channels, stride) -> params`, any tree of floating-point arrays, or `()`. It also runs at
-        build time, so raise a ValueError here for inputs that the op cannot take.
+        build time, when `supernet` checks shapes. So raise a ValueError here for inputs that the op cannot take.
       apply: `(params, x, channels, stride) -> y`, from x [N, *in_shape] to [N, spatial..., channels].
     """
 
@@ -50,7 +50,7 @@ class Op(NamedTuple):
 
 
 def normalized(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
-    """(x − mean) / √(var + ε), for each channel over the batch and all positions; zeros stay zeros.
+    """(x − mean) / √(var + ε), for each channel over the batch and all positions; a channel of zeros stays zero.
 
     In a supernet, `apply(..., mask=)` takes the moments over the real rows, and `apply(..., statistics=)` uses the
     given moments. For one row without positions the result is 0 for any x; supernets reject such a batch.
@@ -72,7 +72,8 @@ def _normalize_channels(x, epsilon):
     return centered * jax.lax.rsqrt((centered**2).mean(axes, keepdims=True) + epsilon)
 
 
-# A separate call in every program: `synflow`, masks and statistics find it by this name. Its operands are x and ε.
+# `_normalize_channels` is jitted, so each use is a separate call in the jaxpr. `synflow`, masks and statistics find the
+# calls by this name. The operands of a call are x and ε.
 NORMALIZATION = "_normalize_channels"
 
 
@@ -148,12 +149,12 @@ def subsample(x: jax.Array, stride: int, offset: int = 0) -> jax.Array:
     return x
 
 
-def _need_space(in_shape: tuple[int, ...], what: str) -> int:
+def _need_space(in_shape: tuple[int, ...], op_name: str) -> int:
     """Returns the number of spatial axes; raises ValueError unless it is 1, 2 or 3."""
     if not 2 <= len(in_shape) <= 4:
         raise ValueError(
-            f"{what} needs one to three spatial axes; got the shape {in_shape} of one input. Rows of a table take the "
-            "ops 'linear', 'mlp', 'skip_connect' and 'none'."
+            f"{op_name} needs one to three spatial axes; got the shape {in_shape} of one input. Rows of a table take "
+            "the ops 'linear', 'mlp', 'skip_connect' and 'none'."
         )
     return len(in_shape) - 1
 
@@ -172,7 +173,7 @@ def _zero_apply(params, x, channels, stride):
 
 
 def _skip_init(key, in_shape, channels, stride):
-    """Two halves of the channels if the op drops positions; a projection if only the channels differ."""
+    """Two projections to half of the channels each, if the op drops positions; one if only the channels differ."""
     if stride == 1 or len(in_shape) == 1:
         return () if in_shape[-1] == channels else {"w": _linear(key, in_shape, channels)}
     half = channels // 2
@@ -360,7 +361,7 @@ def _attention_apply(params, x, channels, stride):
 
 
 def _tokens_init(key, in_shape, channels, stride):
-    """Each position, a column of a table or of a sequence, has its own projection and vector."""
+    """Each position (a column of a table, or a step of a sequence) has its own projection and bias."""
     if len(in_shape) != 2:
         raise ValueError(f"'tokens' needs inputs of the shape (length, width); got {tuple(in_shape)}.")
     length, width = in_shape

@@ -111,19 +111,20 @@ def discretized(network: Space, weights: Mapping[str, Any]) -> dict[str, jax.Arr
     keep, chosen = edges_kept(network, "space"), {}
     for kind, cell in network.cells.items():
         w = jax.lax.stop_gradient(jnp.asarray(weights[kind]))
-        some = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
-        if w.shape != some.shape:
-            raise ValueError(f"The weights of {kind!r} must have the shape {some.shape}; got {w.shape}.")
+        is_op = np.array([[op != NONE for op in edge.ops] for edge in cell.edges])
+        if w.shape != is_op.shape:
+            raise ValueError(f"The weights of {kind!r} must have the shape {is_op.shape}; got {w.shape}.")
         if not isinstance(w, Tracer):
             check_finite(kind, np.asarray(w))
-        among = w if keep is None else jnp.where(some, w, -jnp.inf)
-        kept = jax.nn.one_hot(among.argmax(1), some.shape[1], dtype=w.dtype) * some
+        candidate_weights = w if keep is None else jnp.where(is_op, w, -jnp.inf)
+        kept = jax.nn.one_hot(candidate_weights.argmax(1), is_op.shape[1], dtype=w.dtype) * is_op
         if keep is not None:
-            strongest = jnp.zeros(len(w), w.dtype)
+            strongest, strength = jnp.zeros(len(w), w.dtype), candidate_weights.max(1)
             for node in sorted({edge.target for edge in cell.edges}):
-                into = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
-                first = jax.lax.top_k(among.max(1)[into], min(keep, len(into)))[1]  # the first of equal ones
-                strongest = strongest.at[jnp.asarray(into)[first]].set(1.0)
+                edges_into_node = np.array([e for e, edge in enumerate(cell.edges) if edge.target == node])
+                # Of equal strengths, `top_k` takes the first.
+                first = jax.lax.top_k(strength[edges_into_node], min(keep, len(edges_into_node)))[1]
+                strongest = strongest.at[jnp.asarray(edges_into_node)[first]].set(1.0)
             kept = kept * strongest[:, None]
         chosen[kind] = kept
     return chosen
@@ -233,7 +234,7 @@ def auxiliary_skip(relaxation: Relaxation, beta: Schedule) -> Relaxation:
     """Adds β to the weight of the skip on every edge (DARTS−).
 
     Then α does not measure how much a skip helps training. The auxiliary path uses the parameters of the edge's own
-    skip. (A skip has parameters only if it has a stride.)
+    skip. (A skip has parameters only if it changes the shape.)
 
     Args:
       relaxation: relaxation of the ops.

@@ -39,8 +39,8 @@ def _loss(supernet, params, weights, batch, loss) -> jax.Array:
 def _outputs(supernet, params, weights, batch) -> jax.Array:
     """Calls `apply` with only three arguments if the batch has no padding, so that your own `apply` needs no more."""
     mask = row_mask(batch)
-    more = () if mask is None else (None, mask)
-    return supernet.apply(params, weights, batch["x"], *more)
+    mask_args = () if mask is None else (None, mask)
+    return supernet.apply(params, weights, batch["x"], *mask_args)
 
 
 def _rows_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
@@ -48,8 +48,8 @@ def _rows_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     mask = row_mask(batch)
     if mask is None and batch.get("mask") is not None:
         raise ValueError(
-            f"The score takes a mask of rows, [N] = {batch['x'].shape[:1]}: it has no loss, which could leave parts of "
-            f'rows out; got shape {jnp.shape(batch["mask"])}. Without padding leave "mask" out of the batch.'
+            f"The score needs a mask of rows, [N] = {batch['x'].shape[:1]}, since it cannot leave out parts of rows; "
+            f'got shape {jnp.shape(batch["mask"])}. If there is no padding, leave "mask" out of the batch.'
         )
     return mask
 
@@ -196,13 +196,13 @@ def jacob_cov(
     lengths = jnp.sqrt((centered**2).sum(1, keepdims=True))
     unit = centered / jnp.where(lengths > 0, lengths, 1)
     if real is None:
-        seen, correlations, padding = (lengths > 0).all(), unit @ unit.T, 0.0
+        all_rows_vary, correlations, padding = (lengths > 0).all(), unit @ unit.T, 0.0
     else:  # each padding row adds an eigenvalue 1, whose term is removed
-        seen = ((lengths[:, 0] > 0) | ~real).all()
+        all_rows_vary = ((lengths[:, 0] > 0) | ~real).all()
         correlations = unit @ unit.T + jnp.diag((~real).astype(unit.dtype))
         padding = (~real).sum() * (jnp.log1p(1e-5) + 1 / (1 + 1e-5))
     values = jnp.linalg.eigvalsh(correlations).clip(0) + 1e-5
-    return jnp.where(seen, padding - (jnp.log(values) + 1 / values).sum(), -jnp.inf)
+    return jnp.where(all_rows_vary, padding - (jnp.log(values) + 1 / values).sum(), -jnp.inf)
 
 
 def nwot(supernet: Supernet, params: base.Params, weights: Weights | None, batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -261,9 +261,10 @@ def gradient_features(
 ) -> jax.Array:
     """Computes gradients with respect to each op's weight at initialization, as features of a task for a predictor h.
 
-        d[o] = ∂L/∂w[e, o] at equal mixing weights, less its mean over o; the mean over initializations and edges e
+        d[o] = mean over initializations and edges e of (∂L/∂w[e, o] − mean_o' ∂L/∂w[e, o'])
 
-    It is negative if a larger weight of the op lowers the loss at initialization.
+    The gradients are at equal mixing weights. If d[o] is negative, a larger weight of op o lowers the loss at
+    initialization more than a larger weight of the average op.
 
     Args:
       supernet: a supernet of a space, without `single_path`: ops that do not run would get no gradient.
@@ -280,8 +281,8 @@ def gradient_features(
     """
     if supernet.single_path:
         raise ValueError(
-            "`supernet` runs one op an edge (`single_path`), so that the others have no gradient: pass a "
-            "`nas.supernet` of the same spec without it."
+            "`supernet` runs only one op per edge (`single_path`), so the other ops get no gradient. Pass a "
+            "`nas.supernet` of the same spec without `single_path`."
         )
     sizes = {kind: (len(cell.edges), len(cell.edges[0].ops)) for kind, cell in supernet.network.cells.items()}
     equal = {kind: jnp.full(size, 1 / size[1]) for kind, size in sizes.items()}
@@ -323,18 +324,21 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
     run = lambda closed, *operands: _agreements(closed.jaxpr, closed.consts, operands, num_rows)
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
-        name, params, more = equation.primitive.name, equation.params, 0.0
+        name, params, kernel_increment = equation.primitive.name, equation.params, 0.0
         if not any(_is_relu(inner, num_rows) for inner in _jaxpr.equations_inside(equation)):
             outputs = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
             outputs = outputs if equation.primitive.multiple_results else [outputs]
             if _is_relu(equation, num_rows):
                 active = (outputs[0] > 0).reshape(num_rows, -1).astype(kernel.dtype)
-                more = active @ active.T + (1 - active) @ (1 - active).T
+                kernel_increment = active @ active.T + (1 - active) @ (1 - active).T
         elif name == "cond":
             index, *rest = operands
-            outputs, more = jax.lax.switch(index, [lambda *a, b=b: run(b, *a) for b in params["branches"]], *rest)
+            branches = [lambda *a, b=b: run(b, *a) for b in params["branches"]]
+            outputs, kernel_increment = jax.lax.switch(index, branches, *rest)
         elif name == "scan":
-            # Carries and constants have the same shape in the body; scanned values have one more axis outside.
+            # Newer versions of JAX have no parameter `num_consts`, so the ranks tell the three kinds of operands apart.
+            # Constants and carries have the same rank in the body. Scanned values have one more axis outside.
+            # The order is: operands (constants, carries, xs), outputs (carries, ys).
             closed = params["jaxpr"]
             num_ys = sum(v.aval.ndim > a.ndim for v, a in zip(equation.outvars, closed.out_avals, strict=True))
             num_xs = sum(v.aval.ndim > a.ndim for v, a in zip(equation.invars, closed.in_avals, strict=True))
@@ -348,18 +352,18 @@ def _agreements(jaxpr: Any, consts: Any, args: Any, num_rows: int) -> tuple[list
 
             def body(carry, x, fixed=fixed, num_carry=num_carry, closed=closed):
                 carry, kernel = carry
-                outputs, more = run(closed, *fixed, *carry, *x)
-                return (outputs[:num_carry], kernel + more), outputs[num_carry:]
+                outputs, kernel_increment = run(closed, *fixed, *carry, *x)
+                return (outputs[:num_carry], kernel + kernel_increment), outputs[num_carry:]
 
             start = (carry, jnp.zeros_like(kernel))
-            (carry, more), ys = jax.lax.scan(body, start, xs, params["length"], params["reverse"])
+            (carry, kernel_increment), ys = jax.lax.scan(body, start, xs, params["length"], params["reverse"])
             outputs = [*carry, *ys]
         else:  # nested calls, functions with a custom derivative, checkpoints: run inline, once
             inner = params.get("call_jaxpr", params.get("fun_jaxpr", params.get("jaxpr")))
             if name == "while" or inner is None:
-                raise ValueError(f"`nwot` does not look for ReLUs inside {name!r}.")
+                raise ValueError(f"`nwot` cannot count ReLUs inside {name!r}.")
             consts = getattr(inner, "consts", ())
-            outputs, more = _agreements(getattr(inner, "jaxpr", inner), consts, operands, num_rows)
-        kernel = kernel + more
+            outputs, kernel_increment = _agreements(getattr(inner, "jaxpr", inner), consts, operands, num_rows)
+        kernel = kernel + kernel_increment
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars], kernel

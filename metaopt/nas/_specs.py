@@ -37,8 +37,8 @@ class Cell(NamedTuple):
       edges: the edges, in any order, with `source` < `target`; the rows of the mixing weights have this order.
       output: the nodes whose channels are the output.
       preprocess: whether inputs first go through ReLU, a 1×1 convolution to the cell's channels, and normalization. If
-        False, there is one input, which is used as it is. If its channels differ from the cell's, the ops on the edges
-        from it change them.
+        False, the cell must have one input, which is used unchanged. If this input has another number of channels than
+        the cell, the ops on the edges from it also change the number of channels.
     """
 
     num_inputs: int
@@ -69,9 +69,10 @@ class Network(NamedTuple):
       layers: the layers; the first one sees the data. The stride of a cell is the stride of the edges from its inputs.
       num_outputs: number of classes, or of regression targets.
       pooled: False gives outputs at every position, such as the nodes of a graph or the steps of a sequence.
-      keep: the default rule for reading a genotype from mixing weights. A number keeps so many edges into each node, as
-        in the space of DARTS. None chooses the op of every edge separately, as in the space of NAS-Bench-201. "graph"
-        takes the strongest path from the input to the output and adds edges to it, as in the space of NAS-Bench-101.
+      keep: the default rule for reading a genotype from mixing weights. A number keeps that many edges into each node,
+        as in the space of DARTS. None chooses the op of every edge separately, as in the space of NAS-Bench-201.
+        "graph" takes the strongest path from the input to the output and adds edges to it, as in the space of
+        NAS-Bench-101.
     """
 
     cells: Mapping[str, Cell]
@@ -87,15 +88,15 @@ class ElasticLayer(NamedTuple):
     Attributes:
       kind: "conv" and "linear" have bias, normalization (if any) and ReLU. "max_pool" and "avg_pool" have windows as
         wide as the stride. "flatten" turns positions into features of the linear layer after it.
-      width: candidates for the number of channels, or features; a mask keeps the first of them. Empty for pools and
-        "flatten".
-      kernel: candidates for the window of a convolution along every spatial axis, odd; smaller windows are the center
-        of the largest one.
+      width: candidates for the number of channels, or features. For a smaller number, a mask keeps the first channels.
+        Empty for pools and "flatten".
+      kernel: candidates for the window of a convolution along every spatial axis, odd. The weights of a smaller window
+        are the center of the largest window.
       depth: candidates for the number of repetitions of the layer. Later repetitions have the same number of channels
         and stride 1.
       stride: stride of a convolution's first repetition, or of a pool.
-      norm: None; "batch", for each channel over the batch and all positions; "layer", for each position over the
-        channels that are kept. Both have no scale and shift.
+      norm: None, "batch" or "layer". "batch" normalizes each channel over the batch and all positions. "layer"
+        normalizes each position over the channels that are kept. Both have no scale and shift.
     """
 
     kind: str
@@ -113,10 +114,11 @@ class ElasticNetwork(NamedTuple):
     """Layers in order, with sizes to be searched, then a linear layer to `num_outputs`.
 
     A size with more than one candidate is a choice, such as "conv1.width". For relaxations, α, genotypes and searches,
-    a choice is a kind of cell with one edge, whose ops are the sizes as text. If the last layer has positions, the mean
-    over them precedes the outputs, unless there is a "flatten". In a search, a step costs as much as the largest
-    network, since smaller sizes only mask its outputs. (Methods that need a certain op do not apply to sizes, such as
-    DARTS− with its skip, or PC-DARTS with its partial channels.)
+    a choice is a kind of cell with one edge, whose ops are the sizes as text. If the output of the last layer has
+    positions, the final linear layer takes the mean over them; after a "flatten", it takes all of them as features. In
+    a search, a step costs as much as a step of the largest network, since smaller sizes only mask its outputs. (Some
+    methods do not apply to sizes: those that need a certain op, such as DARTS− with its skip, and PC-DARTS, which needs
+    ops on a part of the channels.)
 
     Attributes:
       layers: name -> `ElasticLayer`, in order; the first one sees the data.

@@ -26,17 +26,17 @@ class Supernet(NamedTuple):
     Attributes:
       init: `(key) -> params`.
       apply: `(params, weights, x, drop_path=None, mask=None, statistics=None) -> [N, num_outputs]`, with
-        `x: [N, *in_shape]`. If the spec is not `pooled`, all positions are axes in between. If `weights=None`, every op
-        has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x count as the same numbers in
-        floating point: uint8 images are 0..255. Networks that do not normalize first learn better from x / 255. Without
-        `statistics`, this is the network in training and search: it normalizes by the batch, so the outputs of a row
-        depend on the other rows. A single row without positions raises a ValueError. With `statistics` (from
-        `statistics` below), the outputs of a row depend only on this row: predict in this way. With
-        `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`, except if its op
-        returns its input unchanged. The remaining edges are scaled by 1 / (1 − rate). Sizes have no edges to drop.
-        `mask` [N] is 1 for a real row and 0 for padding. With it, the outputs of real rows equal the outputs of a batch
-        of only these rows, up to rounding: `nas.normalized` leaves padding out. (If your own op computes over the batch
-        in another way, it uses all rows, with `mask` and with `statistics`.)
+        `x: [N, *in_shape]`. If the spec is not `pooled`, the axes of positions stay between N and num_outputs. If
+        `weights=None`, every op has weight 1, and all sizes of an `ElasticNetwork` are the largest. Integers in x are
+        converted to floating point without scaling: uint8 images are 0..255. If the first layer of a network does not
+        normalize, it learns better from x / 255. Without `statistics`, this is the network in training and search: it
+        normalizes by the batch, so the outputs of a row depend on the other rows. A single row without positions raises
+        a ValueError. With `statistics` (from `statistics` below), the outputs of a row depend only on this row: predict
+        in this way. With `drop_path=(key, rate)`, each edge is dropped from each example with probability `rate`. An
+        edge whose op returns its input unchanged is never dropped. The remaining edges are scaled by 1 / (1 − rate). An
+        `ElasticNetwork` has no edges to drop. `mask` [N] is 1 for a real row and 0 for padding. With it, the outputs of
+        real rows equal the outputs of a batch of only these rows, up to rounding: `nas.normalized` leaves padding out.
+        (If your own op computes over the batch in another way, it uses all rows, even with `mask` or `statistics`.)
       features: like `apply`, but it returns the outputs of all layers in order, as an auxiliary head reads them.
       head: `(params, features of the last layer) -> [N, num_outputs]`.
       inherit: `(params, genotype) -> params` of the genotype's discrete network, with the supernet's weights. It raises
@@ -205,7 +205,7 @@ def _run_layers(net: _Net, params, weights, x: jax.Array, drop_path, every: bool
             return (last, new), new if every else None
 
         if len(run.in_shapes) == 1:
-            before = last
+            before = last  # not read; the carry of a scan must keep its shapes
         if run.length > 1:
             (before, last), new = jax.lax.scan(step, (before, last), (stacked, keep), length=run.length)
             outputs += [] if new is None else list(new)
@@ -213,7 +213,9 @@ def _run_layers(net: _Net, params, weights, x: jax.Array, drop_path, every: bool
             (before, last), new = step((before, last), jax.tree.map(lambda leaf: leaf[0], (stacked, keep)))
             outputs.append(new)
         if run is runs[0] and run.length == 1:
-            before = last  # both inputs of the second layer are the output of the first one
+            # Both inputs of the second layer are the output of the first one. (A longer first run also has the second
+            # layer, and leaves its last two outputs.)
+            before = last
     return outputs if every else [last]
 
 

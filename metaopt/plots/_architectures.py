@@ -135,7 +135,7 @@ def _of_edges(edges: Sequence[tuple[int, int, str]], num_inputs: int, output: tu
 
 
 def _draw_arc(axes: "Axes", arc: tuple[int, int, str], height: int, *, dashed: bool) -> None:
-    """Draws an arc that rises within a third of a place, stays level and falls again, with its name on the level."""
+    """Draws an arc that rises at its source, stays level and falls at its target, with its name on the level part."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

@@ -51,9 +51,10 @@ def rows_of_means(
 
 
 def line_style(number: int, marker: str = "") -> dict[str, Any]:
-    """The color, line style and marker of a line: neighbors differ by more than the color, and 70 lines differ.
+    """The color, line style and marker of a line.
 
-    Without `marker`, the first ten lines have no markers.
+    Neighboring lines differ by more than the color. The first 70 lines all look different. Without `marker`, the first
+    ten lines have no markers.
     """
     markers, styles = (marker, "s", "^", "D", "v", "P", "X"), ("-", "-.", ":")  # level lines are dashed: "--"
     return {
@@ -70,11 +71,11 @@ def legend_at_right(axes: "Axes") -> "Axes":
 
 
 def entries(tree: Any, num_leading: int = 0) -> list[tuple[str, np.ndarray]]:
-    """The entries of λ with their names, such as "decay[0]". Labels and booleans have none.
+    """The entries of λ with their names, such as "decay[0]". Leaves that are labels or booleans are omitted.
 
     Args:
       tree: λ, or a configuration, by path.
-      num_leading: the number of axes that every leaf has in front of its own; entries keep them.
+      num_leading: the number of leading axes that every leaf has besides its own; entries keep them.
 
     Returns:
       The entries, in the order of `ravel_pytree`.

@@ -87,7 +87,7 @@ def slices(
 
 
 def _grid(num: int) -> list["Axes"]:
-    """One of `num` axes for each slice, in rows of at most four."""
+    """`num` axes, one for each slice, in rows of at most four."""
     num_columns = min(num, 4)
     num_rows = math.ceil(num / num_columns)
     size = (max(3.6, 2.8 * num_columns), 2.8 * num_rows)
@@ -102,7 +102,7 @@ def _draw_slice(axes: "Axes", x: float, value: float, slope: float, offsets: np.
     axes.plot(x + offsets, values, color="C0", label="F")
     axes.plot(x + offsets, value + slope * offsets, color="C1", linestyle="--", label="slope dF/dλ")
     axes.plot([x], [value], color="k", marker="o", linestyle="none", markersize=4, label="λ")
-    # A steep tangent and the F of runs that diverge leave the axes.
+    # The limits follow the values near F(λ). A steep tangent and the F of diverging runs extend beyond them.
     distances = np.abs(values - value)
     near = values[distances <= 20 * np.nanmedian(distances)] if np.isfinite(values).any() else values[:0]
     if len(near) and np.ptp(near) > 0:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Runs = Mapping[str, Sequence[base.Record] | Sequence[Sequence[base.Record]]]
-_NO_OUTCOME = 1e-6  # by which a run without an outcome ranks behind the worst outcome
+_NO_OUTCOME = 1e-6  # added to the regret of a run without an outcome, so that it ranks last
 
 
 def regret(
@@ -48,8 +48,8 @@ def regret(
         methods that are compared.
       families: task -> its family, for near-duplicates and parts of one source. Tasks of a family are averaged first,
         and the interval is over families. By default, each task is its own family.
-      constraints: name -> bound of other outcomes. A trial with a larger one only spends its budget. By default, all
-        trials count, also those that the searcher's own constraints exclude.
+      constraints: name -> bound of other outcomes. A trial with a larger outcome only spends its budget. By default,
+        all trials count, also those that the searcher's own constraints exclude.
       resumes: whether trials continued from their own checkpoints of lower fidelities, as in `collect(resumes=True)`.
         Then only the difference of the two fidelities counts as spent.
       ranks: whether to draw ranks instead: the methods are ranked by their regrets on each task, where 1 is the best,

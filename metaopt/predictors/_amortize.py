@@ -14,8 +14,8 @@ def amortize(estimator: base.Estimator, predictor: base.Predictor) -> base.Estim
 
     Args:
       estimator: the estimator for one task. Make it from `spaces.constrain(problem, space)`, since the predictors of
-        metaopt return `spaces.Unconstrained` coordinates. If your own predictor returns λ in natural units, make it
-        from the problem itself.
+        metaopt return `spaces.Unconstrained` coordinates. If your own predictor returns λ in natural units, make the
+        estimator from the problem itself.
       predictor: g.
 
     Returns:

@@ -17,12 +17,12 @@ def best_of(
 
         dF/dz = dF/dλ(λ_b),    dF/d log s = dF/dλ(λ_b) · s ε_b,    dF/dφ by one reverse pass of g.
 
-    This is exact for the given draws, except where two candidates have equal values. So F is a sample, also over the
-    draws, and its mean over keys is the expected outer loss of the best of K. It costs K training runs without a
-    hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first candidate is the
-    predicted center, and a candidate with non-finite F is the best only if all are. A candidate with more non-finite
-    seeds than another one is not the best. The key and the draws are new in each estimate. Wrap the result in
-    `hypergrad.over_tasks`.
+    This is exact for the given draws, except where two candidates have equal values. F is a sample: it depends on the
+    key of training and on the draws. Its mean is the expected outer loss of the best of K. It costs K training runs
+    without a hypergradient, and one hypergradient. As in `training.propose`, all K runs share one key, the first
+    candidate is the predicted center, and a candidate with non-finite F is the best only if all are. A candidate with
+    more non-finite seeds than another one is not the best. The key and the draws are new in each estimate. Wrap the
+    result in `hypergrad.over_tasks`.
 
     To start from a predictor that was trained by `amortize`, add its weights: `wide.init(key) | meta_params`, where
     `wide` is the same predictor with `spread`.
@@ -36,8 +36,8 @@ def best_of(
 
     Returns:
       An `Estimator` of the same kind for one task, except that "unbiased" becomes "biased", since the values that
-      choose the best share their noise with its hypergradient. Its `hyperparams` are φ, its state is a key, and it is
-      `done` after every estimate. Metrics: those of the rule, and "center_value", F of the center.
+      select the best candidate have the same noise as its hypergradient. Its `hyperparams` are φ, its state is a key,
+      and it is `done` after every estimate. Metrics: those of the rule, and "center_value", F of the center.
 
     Raises:
       ValueError: at trace time, if the predictor has no spread.

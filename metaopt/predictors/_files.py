@@ -21,8 +21,8 @@ class TrainedPredictor(NamedTuple):
         this is the entry "h"; `nas.TrainedMetaArchitecture` holds both.)
       scaling: the scaling of raw meta-features, from which `scaled_features` computes `task.features`; None if the
         predictor has none.
-      trained_on: the tasks that g learned from, so that an evaluation can leave them out: name -> any text that
-        identifies the rows. For the shipped g it is `row_hash` of `experiments/data/corpus`.
+      trained_on: name of a task -> any text that identifies its rows, for each task that g learned from. With it, an
+        evaluation can leave these tasks out. For the shipped g, the text is `row_hash` of `experiments/data/corpus`.
     """
 
     predictor: base.Predictor
@@ -49,7 +49,7 @@ class TrainedPredictor(NamedTuple):
           λ in natural units. For a predictor with `spread`, it is the center of the distribution.
 
         Raises:
-          ValueError: at trace time, if `task.features` has not F entries.
+          ValueError: at trace time, if `task.features` does not have F entries.
         """
         num_features = _networks.option_of(self.predictor.config, "num_features")
         if num_features and np.shape(task.features) != (num_features,):
@@ -100,7 +100,7 @@ def _encode(trained: TrainedPredictor) -> tuple[dict[str, Any], dict[str, Any]]:
 def _decode(header: dict[str, Any], file: _files.Npz) -> TrainedPredictor:
     config, fields, trained_on = header["config"], header["scaling"], header.get("trained_on", {})
     if not isinstance(trained_on, dict) or not all(isinstance(text, str) for text in trained_on.values()):
-        raise ValueError("its list of training tasks is not a dict of texts")
+        raise ValueError("its `trained_on` is not a dict of texts")
     scaling = None if fields is None else _feature_scaling(fields)
     _check_sizes(config, spaces.from_json(config["space"]), file)
     predictor = _networks.from_config(config)
@@ -133,7 +133,7 @@ def _check_sizes(config: Any, space: base.PyTree, file: _files.Npz) -> None:
     while isinstance(config, dict) and "member" in config:
         config = config["member"]
         if spaces.from_json(config["space"]) != space:
-            raise ValueError("the members of its ensemble have other spaces")
+            raise ValueError("the members of its ensemble have a space that differs from the ensemble's")
 
 
 _saving.register(_saving.Kind("predictor", TrainedPredictor, _encode, _decode))

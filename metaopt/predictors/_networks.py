@@ -43,7 +43,7 @@ def _guarded(features: jax.Array, limit: float | None) -> jax.Array:
 
 
 def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | None) -> jax.Array:
-    """z [Z] as a vector, from the inputs of the head, which end with the guarded features [F]."""
+    """z [Z] as a vector. The inputs of the head end with the clipped features [F]; `features` are not clipped."""
     z = _heads.apply_head(params, inputs)
     if limit is None:
         return z
@@ -52,13 +52,15 @@ def _apply_head(params, inputs: jax.Array, features: jax.Array, limit: float | N
 
 
 def _check_options(limit: float | None, num_features: int, spread: float | None) -> None:
-    """Values that a file may have, and that would silently reverse or spoil predictions."""
+    """Raises ValueError for options that a file may have, and that would silently reverse or spoil predictions."""
     for name, value in (("limit", limit), ("spread", spread)):
         _checks.check_positive(name, value, optional=True)
     if spread is not None and not np.isfinite(spread):
         raise ValueError(f"`spread` must be finite, or None; got {spread!r}.")
     if limit is not None and not num_features:
-        raise ValueError(f"`limit` is for `task.features`, and `num_features` is 0; got {limit}.")
+        raise ValueError(
+            f"`limit` clips `task.features`, but `num_features` is 0; got {limit}. Set `num_features`, or omit `limit`."
+        )
 
 
 def _options(**options: float | None) -> dict[str, float]:
@@ -74,7 +76,7 @@ def option_of(config: dict[str, Any], name: str) -> Any:
 
 
 def _init_spread(spread: float | None, num_inputs: int, center: jax.Array) -> dict[str, Any]:
-    """Weights with which the spread of every coordinate is `spread` for all tasks; none if it is None."""
+    """Initial weights, with which every coordinate has the given spread for all tasks; an empty dict for None."""
     if spread is None:
         return {}
     linear = jnp.zeros((num_inputs, center.shape[0]), center.dtype)
@@ -108,8 +110,8 @@ def mlp(
             z = w g(x clipped to ±L) + (1 - w) z₀,    w = 1 / (1 + mean_i max(|x_i| / L - 1, 0)²).
 
         Within ±L, w = 1 and nothing changes. A usual value is 2. Scale features by
-        `tasks.FeatureScaling.transform(..., limit=L)` or `TrainedPredictor.scaled_features`: w cannot see what a
-        smaller `clip` has removed. None: no safeguard.
+        `tasks.FeatureScaling.transform(..., limit=L)` or `TrainedPredictor.scaled_features`: a smaller `clip` would
+        hide from w how far a feature is outside. None: no safeguard.
       spread: the initial standard deviation of each coordinate, positive: g predicts a distribution, a named tuple
         (center, spread). `best_of` trains it, and `training.propose` draws from it. None: g predicts one λ.
 
@@ -148,7 +150,7 @@ def dataset_embedding(
     limit: float | None = None,
     spread: float | None = None,
 ) -> base.Predictor:
-    """A predictor g(t; φ) of a labeled table's rows; its embedding ignores the order of rows, columns and classes.
+    """A predictor g(t; φ) that reads a labeled table; its embedding ignores the order of rows, columns and classes.
 
         e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)

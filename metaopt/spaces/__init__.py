@@ -1,6 +1,6 @@
 """Search spaces: trees of bounded, positive, relaxed and fixed quantities, and the coordinates in which they are tuned.
 
-A **space** is any pytree whose leaves are made by the factories of this room. Each leaf has three parts:
+A **space** is any pytree whose leaves are made by the factories of this subpackage. Each leaf has three parts:
 
 - a bijection z ↦ λ from unconstrained coordinates, in which a gradient step of any size is valid, to the range of λ;
 - a distribution from which λ is sampled;

@@ -146,17 +146,19 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
     {'depth': 5, 'rate': 0.123456789}
     """
     partial = configuration
-    whole = _configuration(space, from_configuration(space, partial, strict=strict))
+    completed = _configuration(space, from_configuration(space, partial, strict=strict))
     if strict:
-        _check_active(space, partial, whole)
+        _check_active(space, partial, completed)
     choices = {_name(path) for path, leaf in _flatten(space)[0] if isinstance(leaf, Choice)}
 
-    def kept(name, value):  # the number as given, without the rounding of λ; a label stays the label
+    def uses_given_number(name, value):  # since λ is rounded; not for labels
         if name in choices or name.rpartition("[")[0] in choices or not isinstance(value, float):
             return False
         return name in partial and _is_number(partial[name]) and math.isclose(partial[name], value, rel_tol=1e-6)
 
-    return {name: float(partial[name]) if kept(name, value) else value for name, value in whole.items()}
+    return {
+        name: float(partial[name]) if uses_given_number(name, value) else value for name, value in completed.items()
+    }
 
 
 def foreign(space: base.PyTree, configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,27 +240,28 @@ def _is_gap(value) -> bool:
     return isinstance(value, (float, np.floating)) and value != value
 
 
-def _check_active(space, partial: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
-    """Raises ValueError if a given value is omitted from the whole only because of the default of a missing value."""
+def _check_active(space, partial: Mapping[str, Any], completed: Mapping[str, Any]) -> None:
+    """Raises ValueError if `completed` lacks a given value only because of the default of a missing value."""
     conditions = _conditions(space)
 
-    def failing(leaf):
+    def failing_conditions(leaf):
         for parent, values in conditions[leaf]:
-            if parent not in whole:
-                yield from failing(parent)
-            elif whole[parent] not in values:
+            if parent not in completed:
+                yield from failing_conditions(parent)
+            elif completed[parent] not in values:
                 yield parent, values
 
     for name, value in partial.items():
-        if name in whole or _is_gap(value):
+        if name in completed or _is_gap(value):
             continue
-        failed = list(failing(_leaf_name(name, conditions)))
-        if all(parent not in partial or _is_gap(partial[parent]) for parent, _ in failed):  # a given parent is intended
+        failed = list(failing_conditions(_leaf_name(name, conditions)))
+        # If a parent is given, the user has made the parameter inactive on purpose.
+        if all(parent not in partial or _is_gap(partial[parent]) for parent, _ in failed):
             parent, values = failed[0]
             raise ValueError(
                 f"The configuration's `{name}` is {value!r}, but would be ignored: it is active only if "
                 f"`{parent}` is {' or '.join(map(repr, values))}, but `{parent}` is missing and "
-                f"{whole[parent]!r} by default. Add `{parent}`, or remove `{name}`."
+                f"{completed[parent]!r} by default. Add `{parent}`, or remove `{name}`."
             )
 
 
@@ -282,9 +285,9 @@ def _leaf_name(name: str, conditions) -> str:
 
 def _check_names(names: list[str]) -> None:
     """Raises ValueError if two names are equal. {"a.b": ...} and {"a": {"b": ...}} have the same name."""
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"Two leaves of the space have the same name, {', '.join(twice)}: rename one of them.")
+    duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if duplicates:
+        raise ValueError(f"Two leaves of the space have the same name, {', '.join(duplicates)}: rename one of them.")
 
 
 def _conditions(space) -> dict[str, tuple[tuple[str, tuple], ...]]:

@@ -98,7 +98,9 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
         elif kind == "IntDistribution" and distribution.step == 1:
             space[name] = _factories.integer(distribution.low, distribution.high, log=distribution.log)
         elif kind == "IntDistribution":
-            space[name] = _choice(_few(name, range(distribution.low, distribution.high + 1, distribution.step)))
+            space[name] = _choice(
+                _check_num_values(name, range(distribution.low, distribution.high + 1, distribution.step))
+            )
         elif kind == "FloatDistribution" and distribution.step is None:
             space[name] = _factories.interval(distribution.low, distribution.high, log=distribution.log)
         else:
@@ -134,10 +136,10 @@ def to_configspace(space: base.PyTree) -> dict[str, Any]:
             }
             entry |= {"lower": low, "upper": high, "default_value": default}
         hyperparameters.append(entry)
-        each = [
+        clauses = [
             {"type": "IN", "child": name, "parent": parent, "values": list(values)} for parent, values in leaf.condition
         ]
-        conditions += each if len(each) <= 1 else [{"type": "AND", "child": name, "conditions": each}]
+        conditions += clauses if len(clauses) <= 1 else [{"type": "AND", "child": name, "conditions": clauses}]
     document = {"name": None, "hyperparameters": hyperparameters, "conditions": conditions, "forbiddens": []}
     return document | {"format_version": 0.4}
 
@@ -191,27 +193,27 @@ def _leaf(entry: Mapping[str, Any]) -> Leaf:
 
 
 def _with_condition(condition: Mapping[str, Any], space: dict[str, Leaf], ordinals: dict[str, list]) -> Leaf:
-    """The leaf that a condition is about, with the condition."""
+    """Returns the child of a condition: its leaf, with the condition added."""
     kind, name, parent = condition["type"], condition.get("child"), condition.get("parent")
-    if kind not in _HOLDS or name not in space or parent not in space:
+    if kind not in _COMPARISONS or name not in space or parent not in space:
         raise ValueError(f"A space cannot represent this condition: {condition}.")
-    holds, leaf = _HOLDS[kind], space[parent]
+    compare, leaf = _COMPARISONS[kind], space[parent]
     if isinstance(leaf, _leaves.Integer):
-        allowed = _few(parent, range(leaf.low, leaf.high + 1))
+        allowed = _check_num_values(parent, range(leaf.low, leaf.high + 1))
     else:
         allowed = getattr(leaf, "labels", ())  # `_conditions` reports parents that are not choices
     value = condition["values"] if kind == "IN" else condition["value"]
-    if parent in ordinals and kind in ("LT", "GT"):  # compares places in the sequence, not the alphabet
-        place = ordinals[parent].index
-        values = [label for label in allowed if holds(place(label), place(value))]
+    if parent in ordinals and kind in ("LT", "GT"):  # compares positions in the sequence, not texts
+        position = ordinals[parent].index
+        values = [label for label in allowed if compare(position(label), position(value))]
     else:
-        values = [label for label in allowed if holds(label, value)]
+        values = [label for label in allowed if compare(label, value)]
     if allowed and not values and kind in ("LT", "GT"):
         raise ValueError(f"This condition never holds: {condition}.")
     return _factories.active_if(space[name], parent, values or [value])
 
 
-_HOLDS = {
+_COMPARISONS = {
     "EQ": lambda value, wanted: value == wanted,
     "NEQ": lambda value, wanted: value != wanted,
     "IN": lambda value, wanted: value in wanted,
@@ -268,7 +270,8 @@ def _choice(labels, default=None) -> Leaf:
     return _factories.choice(labels, default=default)
 
 
-def _few(name, values):
+def _check_num_values(name, values):
+    """Returns the values. Raises ValueError if there are too many."""
     if len(values) > _MOST_VALUES:
         raise ValueError(f"`{name}` has {len(values)} values; at most {_MOST_VALUES} can be converted.")
     return values

@@ -182,8 +182,8 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     Args:
       labels: at least two different strings, numbers, booleans or None. A single label must be a string or None; for a
         single value of another type, use `fixed`.
-      default: one of the labels; by default the first, or None if it is a label. It has twice the weight of each other
-        label.
+      default: one of the labels. By default the first label; if None is a label, then None. In the default λ, it has
+        twice the weight of each other label.
       shape: how many independent choices among the same labels.
 
     Returns:
@@ -210,7 +210,9 @@ def choice(labels: Sequence[Any], *, default: Any = None, shape: Sequence[int] =
     labels = tuple(labels)
     one_text = len(labels) == 1 and not isinstance(labels[0], (int, float))
     if len(set(labels)) < len(labels) or (len(labels) < 2 and not one_text):
-        raise ValueError(f"`labels` must be at least two that differ; got {labels}. For one value, use `fixed`.")
+        raise ValueError(
+            f"`labels` must have at least two entries, all different; got {labels}. For one value, use `fixed`."
+        )
     if default is None and None not in labels:
         default = next(iter(labels))
     if default not in labels:
@@ -288,7 +290,9 @@ def _array(name: str, value: Any) -> np.ndarray:
         array = np.array(None)
     real_number = jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)
     if not (real_number or array.dtype == bool):
-        raise ValueError(f"`{name}` must be a number or an array of real numbers, known before tracing; got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be a concrete number or array of real numbers, not a traced value; got {value!r}."
+        )
     return array
 
 

@@ -10,8 +10,10 @@ from metaopt.spaces._configuration import _is_gap
 from metaopt.spaces._leaves import Leaf
 
 _MOST_LABELS = 100
-_MOST_NUMBERS = 20  # next to None; with more numbers, we infer their range
-_FEWEST = 3  # with a parameter, and without it: 3 of 6 agree with a label by chance in one of C(6, 3) = 20 draws
+_MOST_NUMBERS = 20  # different numbers that become labels next to None; more numbers become a range
+# A condition needs this many configurations with the parameter, and as many without it. If 3 of 6 configurations have
+# the parameter, they are by chance exactly the 3 with a label in one of C(6, 3) = 20 draws.
+_FEWEST = 3
 
 
 def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
@@ -27,10 +29,10 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     - None among more than 20 numbers means that no value was given. It then stands for the default of their range. If
       None has another meaning, replace it by a value.
     - A single value is `fixed`; a single text is a `choice` with one label.
-    - A parameter that some configurations lack is active only for some labels of a choice, if a choice explains which
-      configurations lack it. No label may occur both with and without the parameter. At least three different
-      configurations must have the parameter, and three that have the choice must lack it. With fewer, chance
-      would produce such a split more often than once in 20.
+    - Some configurations may lack a parameter. If the label of a choice explains which configurations lack it, the
+      parameter is active only for some labels of this choice. No label may occur both with and without the parameter.
+      At least three different configurations must have the parameter, and three that have the choice must lack it. With
+      fewer, chance would produce such a split more often than once in 20.
     - Otherwise the parameter is unconditional, and a configuration that lacks it counts as having its default.
 
     Args:
@@ -50,21 +52,23 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     >>> space["gamma"] == spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"])
     True
     """
-    tried = [{name: _plain(name, value) for name, value in c.items() if not _is_gap(value)} for c in configurations]
+    given = [{name: _plain(name, value) for name, value in c.items() if not _is_gap(value)} for c in configurations]
     values: dict[str, list[Any]] = {}
-    for configuration in tried:
+    for configuration in given:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
-    # Next to None a data frame has no integers. 2 and 2.0 are therefore one label, an integer if one of them is.
+    # A data frame turns integers into floats if their column has None. So 2 and 2.0 count as one label. It is an
+    # integer if one of them is an integer.
     labels = {
-        name: {v: v for v in sorted(each, key=lambda v: isinstance(v, int))}
-        for name, each in values.items()
-        if _is_numeric(each) and None in each and len(set(each)) <= _MOST_NUMBERS + 1
+        name: {v: v for v in sorted(column, key=lambda v: isinstance(v, int))}
+        for name, column in values.items()
+        if _is_numeric(column) and None in column and len(set(column)) <= _MOST_NUMBERS + 1
     }
     # Among many numbers None means that no value was given.
-    many = {name for name, each in values.items() if _is_numeric(each) and name not in labels}
+    without_none_label = {name for name, column in values.items() if _is_numeric(column) and name not in labels}
     tried = [
-        {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in many} for c in tried
+        {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in without_none_label}
+        for c in given
     ]
     space = {name: _leaf(name, [c[name] for c in tried if name in c]) for name in values}
     if not space:
@@ -100,31 +104,33 @@ def _leaf(name: str, values: list[Any]) -> Leaf:
             return _factories.integer(low, high, log=log)
         return _factories.interval(low, high, log=log)
     labels = list({(type(value), value): value for value in values}.values())
-    alike = _is_numeric(labels)  # computed before the sort, during which the list is empty
-    kind = lambda label: "" if alike else type(label).__name__
+    all_numeric = _is_numeric(labels)  # computed before the sort, during which the list is empty
+    kind = lambda label: "" if all_numeric else type(label).__name__
     labels.sort(key=lambda label: (label is not None, kind(label), label if label is not None else ""))
     if len(labels) == 1 and isinstance(labels[0], bool):
         return _factories.fixed(labels[0])
     if len(labels) > _MOST_LABELS or len(set(labels)) < len(labels):
-        what = f"{len(labels)} labels" if len(labels) > _MOST_LABELS else "labels that are equal (1, 1.0 and True)"
-        raise ValueError(f"`{name}` has {what}, such as {labels[:5]}, so no choice can be inferred. Pass `space`.")
+        fault = f"{len(labels)} labels" if len(labels) > _MOST_LABELS else "labels that are equal (1, 1.0 and True)"
+        raise ValueError(f"`{name}` has {fault}, such as {labels[:5]}, so no choice can be inferred. Pass `space`.")
     return _factories.choice(labels)
 
 
 def _where_active(name: str, leaf: Leaf, space: dict[str, Leaf], tried: list[dict[str, Any]]) -> Leaf:
     """The leaf, with a condition if some configurations lack it and a choice explains which."""
-    lacking = [name not in configuration for configuration in tried]
-    if not any(lacking) or lacking.count(False) < _FEWEST:
+    with_parameter = [configuration for configuration in tried if name in configuration]
+    without_parameter = [configuration for configuration in tried if name not in configuration]
+    if not without_parameter or len(with_parameter) < _FEWEST:
         return leaf
-    # Choices that every configuration has come first.
+    # First come the choices that every configuration has.
     parents = [other for other, node in space.items() if isinstance(node, _leaves.Choice) and other != name]
     parents.sort(key=lambda other: sum(other not in configuration for configuration in tried))
-    key = lambda configuration, parent: (type(label := configuration.get(parent)), label)
+    typed_label = lambda configuration, parent: (type(label := configuration.get(parent)), label)  # 1 is not True
     for parent in parents:
-        has = {key(c, parent) for c, without in zip(tried, lacking, strict=True) if not without}
-        without = [key(c, parent) for c, without in zip(tried, lacking, strict=True) if without and parent in c]
-        explains = len(without) >= _FEWEST and not has & set(without)
-        if explains and all(parent in c for c, out in zip(tried, lacking, strict=True) if not out):
+        labels_with = {typed_label(c, parent) for c in with_parameter}
+        labels_without = [typed_label(c, parent) for c in without_parameter if parent in c]
+        explains = len(labels_without) >= _FEWEST and labels_with.isdisjoint(labels_without)
+        if explains and all(parent in c for c in with_parameter):
             labels = space[parent].labels  # pyright: ignore[reportAttributeAccessIssue]
-            return _factories.active_if(leaf, parent, [label for label in labels if (type(label), label) in has])
+            values = [label for label in labels if (type(label), label) in labels_with]
+            return _factories.active_if(leaf, parent, values)
     return leaf

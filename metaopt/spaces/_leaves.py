@@ -178,7 +178,7 @@ class _Bounded(Leaf):
         return jnp.broadcast_to(jnp.asarray(self.default, _default_float()), self.shape)
 
     def to_plain(self, value):
-        return min(max(super().to_plain(value), self.low), self.high)  # float32's nearest to a bound may be beyond it
+        return min(max(super().to_plain(value), self.low), self.high)  # a bound rounded to float32 may be outside
 
     def from_plain(self, value, strict):
         value = super().from_plain(value, strict)
@@ -353,15 +353,16 @@ class Choice(_Weights):
         return self.labels[int(np.argmax(value))]
 
     def from_plain(self, value, strict):
-        # For scikit-learn, `max_features=1` is one feature, and 1.0 is all of them. If some labels are texts, types
-        # must therefore agree. If not, they need not: next to None a data frame has no integers.
+        # For scikit-learn, `max_features=1` is one feature, and 1.0 is all of them. So the types of value and label
+        # must agree. If all labels are numbers or None, 1 and 1.0 are equal, since a data frame turns integers next to
+        # None into floats.
         by_value = {type(label) for label in self.labels} <= {int, float, type(None)}
-        alike = by_value and isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+        compare_as_numbers = by_value and isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
         kind = str if isinstance(value, str) else type(value.item() if isinstance(value, np.generic) else value)
-        for same in (operator.eq, _is_near):
-            for place, label in enumerate(self.labels):
-                if (alike or kind is type(label)) and same(value, label):
-                    return np.eye(len(self.labels))[place]
+        for equal_fn in (operator.eq, _is_near):
+            for label_index, label in enumerate(self.labels):
+                if (compare_as_numbers or kind is type(label)) and equal_fn(value, label):
+                    return np.eye(len(self.labels))[label_index]
         if strict:
             raise ValueError(f"one of {self.labels}")
         return np.full(len(self.labels), 1 / len(self.labels))

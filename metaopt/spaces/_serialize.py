@@ -18,7 +18,7 @@ from metaopt import base
 from metaopt.spaces import _factories, _leaves
 
 VERSION = 1
-_MAX_VALUES = 2**24  # of λ in a document, whose text may be short although its default is a large array
+_MAX_VALUES = 2**24  # entries of λ in a document; a short document can have a leaf with a large `shape`
 
 _FACTORIES = {
     "real": _factories.real,

@@ -226,7 +226,9 @@ def names(space: base.PyTree) -> tuple[str, ...]:
 
 
 def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float = 1e-2) -> base.PyTree:
-    """Returns which leaves are at a bound. Widen the range of such a leaf; such a simplex has collapsed to one weight.
+    """Returns which leaves are at a bound.
+
+    Widen the range of an interval or integer at a bound. A simplex at a bound has collapsed to one weight.
 
     Args:
       space: a tree of leaves.
@@ -292,21 +294,22 @@ def _check_range(matched, values) -> None:
 def _match(space, tree, *, constrained: bool = True):
     """[(path, leaf, array or None)] and the structure of the space. Raises ValueError if `tree` does not fit.
 
-    Unconstrained trees are marked, and have None for fixed leaves.
+    If `constrained` is false, `tree` is marked as `Unconstrained`, and has None for fixed leaves.
     """
     leaves, treedef = _flatten(space)
     _proposals.check_no_spread("λ", tree)
     if constrained and isinstance(tree, Unconstrained):
         raise ValueError(
-            "λ is expected in natural units, and these are unconstrained coordinates (`spaces.Unconstrained`). "
-            "`spaces.to_constrained(space, z)` converts them."
+            "Expected λ in natural units, but got unconstrained coordinates (`spaces.Unconstrained`). Convert them "
+            "with `spaces.to_constrained(space, z)`."
         )
     if not constrained:
         if not isinstance(tree, Unconstrained):
             raise ValueError(
-                f"λ is in natural units here (got {_describe(tree)}), and unconstrained coordinates are expected. Pass "
-                "`space=` to `training.fit` or `training.fine_tune`, or convert λ by "
-                "`spaces.to_unconstrained(space, hyperparams)`. Coordinates are marked by `spaces.Unconstrained`."
+                "Expected unconstrained coordinates (`spaces.Unconstrained`), but got λ in natural units "
+                f"({_describe(tree)}). Pass `space=` to `training.fit` or `training.fine_tune`, or convert λ by "
+                "`spaces.to_unconstrained(space, hyperparams)`. Mark your own coordinates with "
+                "`spaces.Unconstrained(z)`."
             )
         tree = tree.coordinates
     expected = space if constrained else jax.tree.map(lambda leaf: leaf if leaf.tuned else None, space)
@@ -351,7 +354,7 @@ def _floating(array):
 
 
 def _difference(space, expected, tree, path):
-    """(path, text) of the first difference in structure, or None. `space` is `expected` with its fixed leaves."""
+    """(path, text) of the first difference in structure, or None. In `expected`, fixed leaves may be None."""
     if isinstance(space, Leaf):
         if expected is None:
             if tree is not None:

@@ -18,7 +18,7 @@ from metaopt.tasks._prepare import PreparedTable, Rows, TaskShape
 
 
 class Buckets(NamedTuple):
-    """Which tasks share a padded shape, and the shapes.
+    """The bucket of each task, and the padded shape that the tasks of a bucket share.
 
     Attributes:
       assignment: [T] int32, the bucket of each task.
@@ -108,32 +108,60 @@ def bucket(shapes: Sequence[TaskShape], max_buckets: int = 6, *, width: int = 64
         bucket, smallest cost first.
     """
 
-    def cost(s):
-        return (s[..., 0] + s[..., 1]) * (s[..., 2] + width + s[..., 3]).astype(float)
-
     real, inverse, counts = np.unique(np.array(shapes, np.int64), axis=0, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    merged, sizes, group = real.copy(), counts.astype(float), np.arange(len(real))
+    merged = _merge(real, counts, max_buckets, width)
+    cheapest_bucket, padded = _reassign(real, merged, width)
+    order = np.argsort(_cost(padded, width), kind="stable")
+    new_number = np.argsort(order)
+    assignment = new_number[cheapest_bucket][inverse.reshape(-1)].astype(np.int32)
+    return Buckets(assignment, tuple(TaskShape(*map(int, padded[k])) for k in order))
+
+
+def _cost(shapes: np.ndarray, width: int) -> np.ndarray:
+    """[...] the costs of tasks of `shapes` [..., 4], as `bucket` defines them."""
+    rows, columns = shapes[..., 0] + shapes[..., 1], shapes[..., 2] + width + shapes[..., 3]
+    return rows * columns.astype(float)
+
+
+def _merge(real: np.ndarray, counts: np.ndarray, max_buckets: int, width: int) -> np.ndarray:
+    """Merges buckets until `max_buckets` are left, always the two whose merger adds the least cost.
+
+    Args:
+      real: [S, 4] the different shapes of the tasks. At first, each is a bucket.
+      counts: [S] the number of tasks of each shape.
+      max_buckets: see `bucket`.
+      width: see `bucket`.
+
+    Returns:
+      The shapes of the remaining buckets.
+    """
+    merged, sizes = real.copy(), counts.astype(float)
     while len(merged) > max_buckets:
-        both = np.maximum(merged[:, None], merged[None])
-        own = sizes * cost(merged)
-        extra = (sizes[:, None] + sizes[None]) * cost(both) - own[:, None] - own[None]
-        extra[np.tril_indices(len(merged))] = np.inf
-        i, j = np.unravel_index(np.argmin(extra), extra.shape)  # i < j
-        merged[i], sizes[i] = both[i, j], sizes[i] + sizes[j]
+        merged_shape = np.maximum(merged[:, None], merged[None])  # of each pair of buckets
+        cost_now = sizes * _cost(merged, width)
+        cost_of_pair = (sizes[:, None] + sizes[None]) * _cost(merged_shape, width)
+        added_cost = cost_of_pair - cost_now[:, None] - cost_now[None]
+        added_cost[np.tril_indices(len(merged))] = np.inf
+        i, j = np.unravel_index(np.argmin(added_cost), added_cost.shape)  # i < j
+        merged[i], sizes[i] = merged_shape[i, j], sizes[i] + sizes[j]
         merged, sizes = np.delete(merged, j, axis=0), np.delete(sizes, j)
-        group = np.where(group == j, i, group - (group > j))
+    return merged
+
+
+def _reassign(real: np.ndarray, merged: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Moves each shape to the cheapest bucket that it fits, and shrinks the buckets, until nothing changes.
+
+    Returns:
+      The bucket [S] of each shape in `real` [S, 4], and the shapes of the buckets. Buckets without tasks are removed.
+    """
     while True:
         fits = (real[:, None] <= merged[None]).all(axis=-1)
-        moved = np.argmin(np.where(fits, cost(merged)[None], np.inf), axis=1)
-        left, moved = np.unique(moved, return_inverse=True)
-        shrunk = np.stack([real[moved == k].max(axis=0) for k in range(len(left))])
+        cheapest_bucket = np.argmin(np.where(fits, _cost(merged, width)[None], np.inf), axis=1)
+        used_buckets, cheapest_bucket = np.unique(cheapest_bucket, return_inverse=True)
+        shrunk = np.stack([real[cheapest_bucket == k].max(axis=0) for k in range(len(used_buckets))])
         if shrunk.shape == merged.shape and (shrunk == merged).all():
-            break
+            return cheapest_bucket, merged
         merged = shrunk
-    order = np.argsort(cost(merged), kind="stable")
-    place = np.argsort(order)
-    return Buckets(place[moved][inverse].astype(np.int32), tuple(TaskShape(*map(int, merged[k])) for k in order))
 
 
 def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> base.Task:
@@ -152,24 +180,29 @@ def stack(tasks: Sequence[base.Task], names: Sequence[str] | None = None) -> bas
       ValueError: if structures or shapes differ.
       ValueError: if a leaf has a NaN or infinite value, or a label is not a class that "class_mask" allows.
     """
-    called = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
-    first, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
-    paths = ["task" + jax.tree_util.keystr(path) for path, _ in first]
+    task_names = [f"task {i}" for i in range(len(tasks))] if names is None else [f"task {name}" for name in names]
+    paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tasks[0])
+    paths = ["task" + jax.tree_util.keystr(path) for path, _ in paths_and_leaves]
     rows = []
-    for name, task in zip(called, tasks, strict=True):
+    for name, task in zip(task_names, tasks, strict=True):
         leaves, other = jax.tree.flatten(task)
         if other != structure:
             raise ValueError(
-                f"{name} and {called[0]} differ in structure, {other} and {structure}; tasks of a batch must have "
+                f"{name} and {task_names[0]} differ in structure, {other} and {structure}; tasks of a batch must have "
                 "the same entries (`features` of all of them, or of none)."
             )
         leaves = [np.asarray(leaf) for leaf in leaves]
         for path, leaf, first in zip(paths, leaves, rows[0] if rows else leaves, strict=True):
             _check_leaf(path, leaf, name)
             if leaf.dtype != first.dtype:  # NumPy would promote bytes of images and scaled images to one type
-                raise ValueError(f"{path} is {leaf.dtype} in {name} and {first.dtype} in {called[0]}: use one type.")
+                raise ValueError(
+                    f"{path} is {leaf.dtype} in {name} and {first.dtype} in {task_names[0]}: use one type."
+                )
             if leaf.shape != first.shape:
-                raise ValueError(f"{path} is {leaf.shape} in {name} and {first.shape} in {called[0]}: pad them alike.")
+                raise ValueError(
+                    f"{path} is {leaf.shape} in {name} and {first.shape} in {task_names[0]}: pad both to the same "
+                    "shape."
+                )
         _checks.check_task_labels(name, task)
         rows.append(leaves)
     return jax.tree.unflatten(structure, [jnp.asarray(np.stack(leaf)) for leaf in zip(*rows, strict=True)])
@@ -248,6 +281,6 @@ def _check_values(task: base.Task, name: str) -> None:
 def _check_leaf(path: str, leaf: np.ndarray, name: str) -> None:
     if np.issubdtype(leaf.dtype, np.floating) and not _checks.is_finite(leaf).all():
         raise ValueError(
-            f"{path} of {name} has NaN or infinite values in {jax.dtypes.canonicalize_dtype(leaf.dtype)}; `prepare` "
-            "fills gaps, `FeatureScaling.transform` features."
+            f"{path} of {name} has NaN or infinite values in {jax.dtypes.canonicalize_dtype(leaf.dtype)}. Fill gaps in "
+            "the rows with `tasks.prepare`; scale meta-features with `FeatureScaling.transform`."
         )

@@ -1,4 +1,4 @@
-"""Sources of classes for few-shot episodes: labeled examples, their makers, and the superclasses of the classes.
+"""Sources of classes for few-shot episodes: labeled examples, who made them, and the superclasses of the classes.
 
 A source is one data set in memory. The readers are in `_image_sources`.
 """
@@ -68,14 +68,14 @@ class Source(NamedTuple):
             chosen &= np.isin(np.array(self.class_names), list(classes))[self.y]
         counts = np.bincount(self.y[chosen], minlength=self.num_classes)
         chosen &= (counts >= min_examples)[self.y]
-        left = np.unique(self.y[chosen])
+        kept_classes = np.unique(self.y[chosen])
         return from_arrays(
             self.x[chosen],
             self.y[chosen],
             name=self.name,
             group=None if self.group is None else self.group[chosen],
-            class_names=[self.class_names[c] for c in left],
-            superclass=None if self.superclass is None else self.superclass[left],
+            class_names=[self.class_names[c] for c in kept_classes],
+            superclass=None if self.superclass is None else self.superclass[kept_classes],
             ontology=self.ontology,
         )
 
@@ -97,11 +97,11 @@ class Source(NamedTuple):
             raise ValueError(
                 "`with_rotations` cannot rotate the classes of an ontology; call `_replace(ontology=None)` first."
             )
-        num, superclass = self.num_classes, self.superclass
+        num_classes, superclass = self.num_classes, self.superclass
         return Source(
             self.name,
             np.concatenate([np.rot90(self.x, k, axes=(1, 2)) for k in range(4)]),
-            np.concatenate([self.y + k * num for k in range(4)]).astype(np.int32),
+            np.concatenate([self.y + k * num_classes for k in range(4)]).astype(np.int32),
             None if self.group is None else np.tile(self.group, 4),
             tuple(f"{name}@{90 * k}" for k in range(4) for name in self.class_names),
             None
@@ -123,8 +123,8 @@ def from_arrays(
     """Makes a source from arrays.
 
     Args:
-      x: [N, ...], the examples. They must be finite in the type that JAX gives them, because one gap would affect the
-        outputs of its whole episode.
+      x: [N, ...], the examples. They must be finite, also in the type to which JAX converts them (float32 for float64).
+        One NaN would affect the outputs of its whole episode.
       y: [N], their labels: integers or strings. The classes are the different labels, sorted.
       name: the name of the source.
       group: [N], the maker of each example; None if the makers are not known. Values may have any type; equal values
@@ -163,10 +163,10 @@ def from_arrays(
         )
     _check_labels(name, labels, y)
     for what, values in (("`group`", group), ("`superclass`", superclass)):
-        if values is not None and (place := first_missing(values)) is not None:
+        if values is not None and (entry := first_missing(values)) is not None:
             raise ValueError(
-                f"Source {name!r}: {what} must be known for all; entry {place} is {values[place]}. Give each unknown "
-                "entry its own value."
+                f"Source {name!r}: {what} must not have missing values; entry {entry} is {values[entry]}. Give "
+                "each unknown entry its own value."
             )
     labels, y = np.unique(y, return_inverse=True)
     names = tuple(map(str, labels if class_names is None else class_names))
@@ -192,11 +192,13 @@ def from_arrays(
 
 def _check_labels(name: str, labels: Any, y: np.ndarray) -> None:
     """Raises ValueError if a label is missing or is not a class."""
-    no_class = lambda label: label is None or isinstance(label, float | np.floating) and not float(label).is_integer()
+    is_not_class = lambda label: (
+        label is None or isinstance(label, float | np.floating) and not float(label).is_integer()
+    )
     # Check the original values: in an array of strings and NaN, NumPy turns NaN into the string "nan".
-    original = y.dtype.kind == "U" and not isinstance(labels, np.ndarray)
-    for row, label in enumerate(labels if original else y if y.dtype.kind in "fO" else ()):
-        if no_class(label):
+    must_check_original = y.dtype.kind == "U" and not isinstance(labels, np.ndarray)
+    for row, label in enumerate(labels if must_check_original else y if y.dtype.kind in "fO" else ()):
+        if is_not_class(label):
             raise ValueError(
                 f"Source {name!r}: `y` must be classes, as integers or strings; got {label} for example {row}. Bin "
                 "continuous values, and remove examples without a label."
@@ -229,7 +231,7 @@ def first_missing(values: Any) -> int | None:
     Returns:
       The index, or None.
     """
-    return next((place for place, value in enumerate(values) if value is None or value != value), None)
+    return next((index for index, value in enumerate(values) if value is None or value != value), None)
 
 
 def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
@@ -252,7 +254,7 @@ def _row_mask(rows: Any, num_rows: int) -> np.ndarray:
 
 
 def labelled_rows(sources: Source | Sequence[Source]) -> dict[str, np.ndarray]:
-    """Returns the rows of sources without episodes, for training on all classes at once.
+    """Returns all rows of sources, not divided into episodes, for training on all classes at once.
 
     Use them for the pre-training before fine-tuning, and for baselines.
 

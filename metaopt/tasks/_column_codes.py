@@ -1,4 +1,4 @@
-"""The codes of single columns: `fit_column` chooses one, and `apply_code` applies it to other rows."""
+"""The encoding of single columns: `fit_column` chooses a `ColumnCode`, and `apply_code` applies it to other rows."""
 
 import re
 from collections import Counter
@@ -23,11 +23,12 @@ PARTS = ("days", "month", "weekday", "hour")  # of a time
 MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
 _MANY = 5  # fewer unseen values of a category are not reported
 _DAY = 86_400_000_000  # microseconds
+_SAMPLE_SIZE = 50  # different texts of a column on which a reading is tried first
 _MERGED = "which float32 rounds to"  # as in the notes of `from_csv_folder`
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
 _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
 
-# How texts are read, the preferred one first, with a description for notes.
+# Functions that read a text as a number or a time, the preferred one first. `_DESCRIPTIONS` describes them in notes.
 READINGS: dict[str, Callable[[str], int | float | None]] = {
     "number": number,
     "thousands": lambda text: number_with_separators(text, "."),
@@ -97,9 +98,9 @@ class Fit(NamedTuple):
 
     Attributes:
       code: the code, or None if the column is dropped.
-      values: [n, k] float64 of the rows here.
+      values: [n, k] float64, the encoded rows of `fit_column`.
       drop: why the column is dropped, or "".
-      changes: how its values were changed, and surprises that do not change them.
+      changes: how its values were changed, and remarks about unusual values that were not changed.
       warns: whether the log reports `drop` or `changes` as a warning.
     """
 
@@ -117,7 +118,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
       name: the name of the column.
       source: its position.
       raw: its values.
-      keep: whether numbers stay that look like ids.
+      keep: whether to keep numbers that look like ids.
 
     Returns:
       The fit.
@@ -143,9 +144,9 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
       raw: values of the same or other rows.
 
     Returns:
-      [n, k] float64 with NaN where missing, and the values that could not be read and count as missing. For categories,
-      these are the values that are not levels, if they are at least 5 and more than a tenth of the values. If unseen
-      levels become "(other)", they are only reported if no value is a level.
+      [n, k] float64 with NaN where missing; and an `Unread`, the values that could not be read and count as missing.
+      For a category, it has the values that are not levels, if there are at least 5 of them and more than a tenth of
+      all values. If these values become "(other)", it has them only if no value is a level.
     """
     form = _FORMS[code.reading] if code.reading else "categories" if code.kind == "category" else f"{code.kind}s"
     if raw.kind == "unreadable":
@@ -181,7 +182,7 @@ def _unseen_levels(texts: list[str | None], levels: tuple[str, ...]) -> Unread:
         return Unread()
     if OTHER not in known:
         return Unread(len(unseen), unseen[0], "do not occur in the rows of `fit`; they count as missing")
-    if len(unseen) < len(values):  # rare levels of `fit` are "(other)", too, and are not known by name
+    if len(unseen) < len(values):  # some may be rare levels of `fit`, whose names were not kept
         return Unread()
     return Unread(len(unseen), unseen[0], f"are not levels of the rows of `fit`; all of them count as {OTHER!r}")
 
@@ -238,7 +239,11 @@ def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
 
 
 def _exact(code: ColumnCode, raw: RawColumn, present: np.ndarray) -> np.ndarray:
-    """The numbers that are not missing, as integers if float64 could merge whole ones."""
+    """The numbers that are not missing.
+
+    Columns of integers stay integers. If all numbers in texts are whole and one is at least 2^53, they become integers,
+    because float64 could merge them.
+    """
     if raw.kind == "number" and raw.values.dtype.kind in "iu":
         return raw.values
     if raw.kind != "text" or np.abs(present).max() < 2**53:
@@ -250,9 +255,11 @@ def _exact(code: ColumnCode, raw: RawColumn, present: np.ndarray) -> np.ndarray:
 
 
 def _offset(values: np.ndarray) -> tuple[int | float, tuple[str, ...]]:
-    """The smallest number if its subtraction lets float32 tell more numbers apart, otherwise 0; and notes.
+    """Returns the number to subtract before the conversion to float32, and notes.
 
-    A tenth of the numbers may become equal, because digits beyond the seventh are mostly noise, unless all are whole.
+    It is 0 if float32 keeps enough numbers different: all of them if all are whole, otherwise nine tenths, because
+    digits beyond the seventh are mostly noise. Otherwise it is the smallest number, if its subtraction keeps more of
+    them different, and else 0.
     """
     distinct = np.unique(values)
     is_exact = values.dtype.kind in "iu"
@@ -275,7 +282,7 @@ def _offset(values: np.ndarray) -> tuple[int | float, tuple[str, ...]]:
 
 
 def _id_reason(name: str, present: np.ndarray, num_rows: int) -> tuple[str, bool]:
-    """Why numbers look like names of rows, or "", and whether they surely are."""
+    """Returns why numbers look like ids of the rows ("" if they do not), and whether it is certain that they are."""
     if num_rows < MIN_ROWS or len(present) < 0.95 * num_rows or (present != np.round(present)).any():
         return "", False
     if len(np.unique(present)) < 0.95 * len(present) or not looks_like_id(present.tolist()):
@@ -381,18 +388,22 @@ def _reading_of(texts: np.ndarray) -> tuple[str, tuple[str, ...]]:
     if not counts:
         return "", ()
     num_rows = sum(counts.values())
+    sample = list(counts)[:_SAMPLE_SIZE]
     best, most = "", 0
-    for reading in READINGS:
-        if sum(READINGS[reading](text) is not None for text in list(counts)[:50]) < min(25, 0.5 * len(counts)):
+    for reading, read in READINGS.items():
+        # Reading all texts takes long, so a reading must first succeed for half of a sample.
+        if sum(read(text) is not None for text in sample) < 0.5 * len(sample):
             continue
-        num_read = sum(count for text, count in counts.items() if READINGS[reading](text) is not None)
-        if num_read > most or (num_read == most and reading == "dmy" and "." in next(iter(counts))):
+        num_read = sum(count for text, count in counts.items() if read(text) is not None)
+        day_is_first = reading == "dmy" and "." in next(iter(counts))  # dates with dots always have the day first
+        if num_read > most or (num_read == most and day_is_first):
             best, most = reading, num_read
-        if most == num_rows and reading != "mdy":
+        if most == num_rows and reading != "mdy":  # after "mdy", "dmy" may be the right reading of the same dates
             break
     if most == num_rows:
-        is_ambiguous = best in ("mdy", "dmy") and all(READINGS["dmy" if best == "mdy" else "mdy"](t) for t in counts)
-        unsure = "; no date tells the day from the month: write year-month-day if this is wrong"
+        read_other = READINGS["dmy" if best == "mdy" else "mdy"]
+        is_ambiguous = best in ("mdy", "dmy") and all(read_other(text) is not None for text in counts)
+        unsure = "; the order of day and month is ambiguous in all dates: write year-month-day if the reading is wrong"
         return best, (_DESCRIPTIONS[best] + unsure * is_ambiguous,)
     words = [text for text in counts if best and READINGS[best](text) is None]
     if most < 0.9 * num_rows or len(counts) - len(words) < 20:

@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 MISSING = frozenset({"", "?", "NA", "na", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "<null>"})
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-_MIN_PAIRS = 8  # equal pairs that are expected by chance in a column that has none, if it is an id
+_MIN_PAIRS = 8  # a column without equal pairs is an id if chance would give at least this many
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _DAY = 86_400_000_000  # microseconds
 
@@ -39,7 +39,7 @@ class Column(NamedTuple):
     Attributes:
       values: [n] float32; NaN where missing; the codes 0..L-1 of a categorical column.
       categorical: whether the values are codes.
-      notes: changes and surprises, for the log. Each note completes "the column 'x' ...".
+      notes: changes, and remarks about unusual values, for the log. Each note completes "the column 'x' ...".
     """
 
     values: np.ndarray
@@ -199,15 +199,21 @@ def merged_values(x: np.ndarray) -> dict[int, int]:
 
 
 def looks_like_id(values: Sequence[int | float]) -> bool:
-    """Returns whether numbers look like the names of rows: whole, hardly any repeated, and dense, of equal length, or
-    large.
+    """Returns whether n numbers look like ids of the rows.
 
-    If none is repeated, they need not be dense. Of n independent numbers with R possible values, n (n − 1) / 2R pairs
-    or more are equal on average. Numbers without a pair where at least 8 are expected are therefore not counts (the
-    chance is e⁻⁸). Ids that are more sparse are like measurements, and are not recognized.
+    They do if all are whole, at least 95 % of them are different, and one of these conditions holds:
+
+    - they are dense: the largest is less than the smallest plus 2 n;
+    - all are at least 10,000, and have the same number of digits;
+    - the largest is above 2^24;
+    - no number is repeated, although chance would repeat some. Of n independent numbers with R possible values, at
+      least n (n − 1) / 2R pairs are equal on average. If no pair is equal where at least 8 are expected, the numbers
+      are not counts (the chance is e⁻⁸).
+
+    Sparser ids look like measurements, and are not recognized.
 
     Args:
-      values: finite numbers; at least 20, otherwise the result is False.
+      values: finite numbers. With fewer than 20, the result is False.
     """
     num, different = len(values), set(values)
     if not _hardly_repeats(values) or any(value != int(value) for value in different):
@@ -289,7 +295,7 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
     if len(days) > 1 and days["dmy"] != days["mdy"]:
-        note += ". No date tells the day from the month: write year-month-day if this is wrong"
+        note += ". The order of day and month is ambiguous in all dates: write year-month-day if the reading is wrong"
     yield _Numbers(days[order], _DAY, (note,))
 
 

@@ -42,7 +42,7 @@ class TableEncoder(NamedTuple):
     Attributes:
       input_names: the names of the frame's columns; "0", "1", ... if it had no names.
       named: whether the names come from the frame.
-      numbered: whether these names were whole numbers.
+      numbered: whether the frame's own names were whole numbers, such as the default names of pandas.
       columns: for each column that is kept, how its values become numbers.
       notes: for each column that was dropped or changed, its name `column`, the `action` ("dropped" or "changed") and
         the `reason`.
@@ -85,7 +85,7 @@ class TableEncoder(NamedTuple):
         columns are ignored. Otherwise, they are matched by position. The result for a row does not depend on the other
         rows. Values that cannot be read (such as a word among numbers) count as missing, and the log reports them. The
         log also warns if more than a tenth of the values of a category, and at least 5, are unseen levels. If unseen
-        levels become "(other)", it warns only if no value is a level. Each message has one of the values.
+        levels become "(other)", it warns only if no value is a level. Each message shows one of the values.
 
         Args:
           frame: a frame of any type that `fit_encoder` takes.
@@ -170,7 +170,7 @@ def fit_encoder(
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
-    - None, NaN, NaT, pandas.NA, and the texts that `from_csv_folder` names are missing, and so are numbers beyond
+    - These values are missing: None, NaN, NaT, pandas.NA, the texts that `from_csv_folder` lists, and numbers beyond
       float32. The text "None" is a level, but is missing among numbers.
     - If float32 would merge numbers, the smallest number is subtracted.
 
@@ -204,7 +204,7 @@ def fit_encoder(
     dropped, kept = (positions(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
     codes: list[ColumnCode] = []
     notes: list[ColumnNote] = []
-    first: dict[bytes, str] = {}  # of equal columns
+    first: dict[bytes, str] = {}  # hash of the values -> the first column that has them
     for j, name in enumerate(table.names):
         if j in dropped:
             notes.append(ColumnNote(name, "dropped", "is not used as a feature"))
@@ -223,7 +223,10 @@ def fit_encoder(
 
 
 def _twin(fit: Fit, first: dict[bytes, str], num_rows: int) -> str | None:
-    """The name of an earlier column with equal values, or equal categories by other names; otherwise notes this one."""
+    """Returns the name of an earlier column with equal values, or with equal categories under other names.
+
+    Otherwise it adds this column to `first` and returns None.
+    """
     if fit.code is None or num_rows < MIN_ROWS:
         return None
     values = fit.values + 0.0  # no negative zeros

@@ -51,7 +51,7 @@ class Frame(NamedTuple):
     Attributes:
       names: [d] texts, unique.
       named: whether the names come from the frame. Other names are "0", "1", ...
-      numbered: whether the names were whole numbers, as pandas counts columns.
+      numbered: whether the names were whole numbers, as the default names of pandas are.
       columns: [d] columns of n rows, as Series of pandas or arrays, for `read_values`.
       num_rows: n.
     """
@@ -94,7 +94,7 @@ def positions(argument: str, chosen: Iterable[str | int], table: Frame) -> set[i
     Args:
       argument: the name of the user's argument, for the message.
       chosen: names or numbers of columns, or one of them.
-      table: that has the columns.
+      table: the table that has the columns.
 
     Returns:
       The positions of the columns.
@@ -347,7 +347,7 @@ def _integers_with_gaps(values: np.ndarray) -> RawColumn:
 
 
 def _mapped(values: np.ndarray, function: Callable[[Any], Any]) -> np.ndarray:
-    """Applies a function of one value once to each different text, and to each other value."""
+    """Applies a function to each value. Equal texts share one call."""
     results: dict[str, Any] = {}
     array = np.empty(len(values), object)
     for i, value in enumerate(values):

@@ -64,8 +64,8 @@ def _check_range(name: str, value: tuple[float, float], *, fixed: bool = False) 
     if isinstance(low, Tracer) or isinstance(high, Tracer):
         return
     if not -math.inf < low <= high < math.inf or low == high and not fixed:
-        once = ", or one twice" if fixed else ""
-        raise ValueError(f"`{name}` must be two finite numbers that ascend{once}; got {value!r}.")
+        or_equal = " (or two equal numbers)" if fixed else ""
+        raise ValueError(f"`{name}` must be two finite numbers in ascending order{or_equal}; got {value!r}.")
 
 
 def _uniform(key: jax.Array, low: float, high: float) -> jax.Array:

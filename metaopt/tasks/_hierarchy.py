@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-# The smallest bound with which every class of ImageNet can be reached; the classes of larger nodes are too different.
+# Nodes with more classes are not eligible, because their classes are too different. This is the smallest bound with
+# which every class of ImageNet is below an eligible node.
 MAX_LEAVES = 392
 
 
@@ -40,20 +41,21 @@ def ontology_nodes(
     for node, below in ontology.items():
         for child in below:
             parents.setdefault(child, set()).add(node)
-    inner = sorted(name for name in number if ontology.get(name))
-    if inner:
+    classes_with_children = sorted(name for name in number if ontology.get(name))
+    if classes_with_children:
         raise ValueError(
-            f"The class {inner[0]!r} has children in the ontology; a class must be a node without children."
+            f"The class {classes_with_children[0]!r} has children in the ontology; a class must be a node without "
+            "children."
         )
-    lost = sorted(set(number) - set(parents))
-    if lost:
-        raise ValueError(f"The class {lost[0]!r} is not in the ontology as a child of any node.")
-    above: set[str] = set()
+    unknown_classes = sorted(set(number) - set(parents))
+    if unknown_classes:
+        raise ValueError(f"The class {unknown_classes[0]!r} is not in the ontology as a child of any node.")
+    ancestors: set[str] = set()
     frontier = set(number)
     while frontier:
-        frontier = {p for name in frontier for p in parents.get(name, ())} - above
-        above |= frontier
-    children = {node: {c for c in ontology[node] if c in above or c in number} for node in above}
+        frontier = {p for name in frontier for p in parents.get(name, ())} - ancestors
+        ancestors |= frontier
+    children = {node: {c for c in ontology[node] if c in ancestors or c in number} for node in ancestors}
     spans = _spans(children, number)
     while single := [node for node in children if len(children[node]) == 1]:
         node = single[0]

@@ -52,14 +52,15 @@ def from_image_folder(
     folder = Path(folder)
     suffixes = _pillow("from_image_folder").registered_extensions()
     pattern = "/".join(["*"] * levels)
-    shown = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    files = [f for f in sorted(folder.glob(f"{pattern}/*")) if f.suffix.lower() in suffixes and shown(f)]
+    is_visible = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    files = [f for f in sorted(folder.glob(f"{pattern}/*")) if f.suffix.lower() in suffixes and is_visible(f)]
     if not files:
         raise ValueError(f"{folder} has no images; they must lie in {pattern}/ below it, a folder for each class.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]
     names = sorted(set(labels))
-    folders = ("/".join(f.relative_to(folder).parts) for f in sorted(folder.glob(pattern)) if f.is_dir() and shown(f))
-    if empty := [name for name in folders if name not in set(names)]:
+    folders = [f for f in sorted(folder.glob(pattern)) if f.is_dir() and is_visible(f)]
+    folder_names = ("/".join(f.relative_to(folder).parts) for f in folders)
+    if empty := [name for name in folder_names if name not in set(names)]:
         warnings.warn(
             f"{folder}: {len(empty)} folders have no images of a format that Pillow knows, and are not classes: "
             f"{', '.join(map(repr, empty[:5]))}.",
@@ -101,7 +102,7 @@ def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels:
     for file in map(Path, files):
         try:
             with _files.reading(file, "is not an image that Pillow can read"):
-                # A damaged header may ask for any number of bytes, but bytes in memory are only as many as there are.
+                # A damaged header may request any number of bytes. A buffer in memory returns only those of the file.
                 pixels.append(_pixels(pillow, io.BytesIO(file.read_bytes()), size, channels, rotate=True))
         except ValueError as error:
             faults.append(str(error))  # the exception would keep the file and its pixels in memory
@@ -145,7 +146,7 @@ def _upright(image: Any, methods: Any) -> Any:
     """Turns an image as its EXIF data say: cameras store the rotation next to the pixels."""
     image.load()  # turns a TIFF file by itself
     try:
-        turn = image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error):  # `exif_transpose` of Pillow would raise
         return image
     names = {
@@ -157,7 +158,7 @@ def _upright(image: Any, methods: Any) -> Any:
         7: "TRANSVERSE",
         8: "ROTATE_90",
     }
-    return image.transpose(methods[names[turn]]) if turn in names else image
+    return image.transpose(methods[names[orientation]]) if orientation in names else image
 
 
 def _resized(pillow: Any, image: Any, size: int | None, channels: int) -> np.ndarray:
@@ -183,7 +184,10 @@ def _of_8_bits(pillow: Any, image: Any) -> Any:
 
 
 def _opaque(pillow: Any, image: Any) -> Any:
-    """The image on a white ground. The colors behind transparent pixels are arbitrary, and often those of a drawing."""
+    """The image on a white background.
+
+    The stored colors of transparent pixels are arbitrary. They are often the color of the drawing itself.
+    """
     if not image.mode.endswith("A") and "transparency" not in image.info:
         return image
     image = image.convert("RGBA")
@@ -239,30 +243,31 @@ def from_tfds(
         raise FileNotFoundError(
             f"The data set {name!r} is not prepared in {builder.data_dir}; `from_tfds` downloads nothing. Prepare it, "
             f'`tfds.builder({name!r}{where}, file_format="array_record")'
-            '.download_and_prepare(file_format="array_record")`, or say where it is by `data_dir`.'
+            '.download_and_prepare(file_format="array_record")`, or pass the `data_dir` with which it was prepared.'
         )
     examples = list(builder.as_data_source(split=split))
     x = [np.asarray(row[image]) for row in examples]
     if size is not None:
         pillow = _pillow("from_tfds")
-        x = [_resized(pillow, pillow.fromarray(one.squeeze()), size, channels) for one in x]
+        x = [_resized(pillow, pillow.fromarray(pixels.squeeze()), size, channels) for pixels in x]
     x = np.stack(x)
     x = x[..., 0] if x.ndim == 4 and x.shape[-1] == 1 else x
     y = np.array([int(row[label]) for row in examples])
     names = getattr(builder.info.features[label], "names", None) or [str(k) for k in range(int(y.max()) + 1)]
-    belongs = None
+    superclass_of_class = None
     if superclass is not None:
         pairs = sorted({(int(row[label]), row[superclass]) for row in examples})
         if len(pairs) > len(np.unique(y)):
             raise ValueError(
-                f"In {name!r} a class has examples of several {superclass!r}, which is not a superclass then."
+                f"In {name!r}, a class has examples with different values of {superclass!r}, so this feature cannot be "
+                "the superclass."
             )
-        belongs = [one for _, one in pairs]
+        superclass_of_class = [value for _, value in pairs]
     return from_arrays(
         x,
         y,
         name=name.split(":")[0],
         group=None if group is None else np.array([row[group] for row in examples]),
         class_names=[names[k] for k in np.unique(y)],
-        superclass=belongs,
+        superclass=superclass_of_class,
     )

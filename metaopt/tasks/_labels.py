@@ -1,4 +1,4 @@
-"""Labels of any type as classes 0..C-1, and columns that give a target away."""
+"""Labels of any type as classes 0..C-1, and columns that reveal a target."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from metaopt import _extras
 from metaopt.tasks._frames import ALWAYS_MISSING, as_text, objects, positions, read_frame
 
 _log = logging.getLogger(__name__)
-_MOST_CLASSES = 20  # more classes of numbers with few rows each are probably a quantity
+_MOST_CLASSES = 20  # a target with more different numbers, and few rows for each, is probably a quantity
 
 
 class Labels(NamedTuple):
@@ -143,7 +143,7 @@ def _constant(y: np.ndarray, is_class: bool) -> float:
 
 
 def _level_predictions(column: np.ndarray, y: np.ndarray, train: np.ndarray, is_class: bool) -> np.ndarray:
-    """[n] the most frequent class, or the mean, of each row's level among the training rows."""
+    """[n] the most frequent class, or the mean target, of the training rows with the same level as the row."""
     levels = np.unique(np.where(np.isnan(column), -1.0, column), return_inverse=True)[1].reshape(-1)
     counts = np.bincount(levels[train], minlength=levels.max() + 1)
     if is_class:

@@ -16,11 +16,11 @@ _NUM_FOLDS = 3
 _NUM_NEIGHBORS = 15
 _PENALTIES = {"ridge_strong": 0.003, "ridge_medium": 0.1, "ridge_weak": 3.0}  # C of scikit-learn: 1 / penalty
 _LEAST_PROBABILITY = 1e-4
-_LEAST_PRIOR_LOSS = 0.02  # if almost all rows are of one class, gains are shares of this loss
+_LEAST_PRIOR_LOSS = 0.02  # gains are divided by at least this: the prior's loss is near 0 if one class is very frequent
 
 
 def log_loss_features(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, float]:
-    """Returns the group of a table with encoded columns x [n, D] and classes y [n] in {0, …, K − 1}, all present."""
+    """Returns the features of a table with encoded columns x [n, D] and classes y [n] in {0, …, K − 1}, all present."""
     shuffled = np.random.default_rng(seed).permutation(len(y))[:_MAX_ROWS]
     losses = _cross_validated_losses(x[shuffled].astype(np.float64), y[shuffled], int(y.max()) + 1)
     prior = losses.pop("prior")
@@ -44,7 +44,8 @@ def log_loss_features(x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, floa
 def _cross_validated_losses(x: np.ndarray, y: np.ndarray, num_classes: int) -> dict[str, float]:
     """Returns the mean log loss over all rows, each predicted by learners that were trained without its fold.
 
-    The rows are in random order, and stay so: neighbors at equal distances are then of random classes.
+    The rows must be in random order. They are not sorted by class, because ties between neighbors at equal distances
+    are decided by this order.
     """
     _extras.require("sklearn", "examples", 'The group "log_loss" of meta-features')
     from threadpoolctl import threadpool_limits  # scikit-learn needs it too
@@ -56,16 +57,19 @@ def _cross_validated_losses(x: np.ndarray, y: np.ndarray, num_classes: int) -> d
     with threadpool_limits(1), warnings.catch_warnings():  # here, threads cost more than they save
         warnings.simplefilter("ignore")  # learners that did not converge in 60 steps
         for k in range(fold.max() + 1):
-            train, held = fold != k, fold == k
-            for name, probability in _probabilities(x[train], y[train], x[held], num_classes).items():
+            train, test = fold != k, fold == k
+            for name, probability in _probabilities(x[train], y[train], x[test], num_classes).items():
                 floored = np.maximum(probability, _LEAST_PROBABILITY)
-                own = floored[np.arange(len(floored)), y[held]] / floored.sum(axis=1)
-                losses.setdefault(name, np.empty(len(y)))[held] = -np.log(own)
-    return {name: float(each.mean()) for name, each in losses.items()}
+                true_probability = floored[np.arange(len(floored)), y[test]] / floored.sum(axis=1)
+                losses.setdefault(name, np.empty(len(y)))[test] = -np.log(true_probability)
+    return {name: float(row_losses.mean()) for name, row_losses in losses.items()}
 
 
 def _probabilities(x: np.ndarray, y: np.ndarray, new_x: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Returns [len(new_x), K] probabilities of each learner; without two classes and a column, they are the prior's."""
+    """Returns [len(new_x), K] probabilities of each learner.
+
+    With fewer than two classes, or without columns, all learners get the probabilities of the prior.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
 

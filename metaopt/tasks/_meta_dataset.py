@@ -75,7 +75,8 @@ def from_meta_dataset(
       size: pixels per side; images are resized to a square of this size. As in the published pipeline, EXIF data are
         ignored.
       channels: 3 for colors [N, S, S, 3], or 1 for gray [N, S, S].
-      version: the version of the protocol, if the files have both: "v1", or "v2" (with VTAB, which has other parts).
+      version: the version of the protocol: "v1", or "v2" (with VTAB), which assigns other classes to the parts. Only
+        the files of the builder have both versions. For the files of the scripts, this argument is ignored.
       check: whether to check the checksums of the data, too (slow: about a second for 5 MB). The checksums of the
         lengths are always checked.
 
@@ -95,45 +96,46 @@ def from_meta_dataset(
         raise ValueError(f"`part` must be one of {', '.join(map(repr, PARTS))}; got {part!r}.")
     _check_channels(channels)
     folder, image = Path(folder), _pillow("from_meta_dataset")
-    of_tfds = (folder / "metadata.json").is_file()
-    if not of_tfds and not (folder / "dataset_spec.json").is_file():
+    is_tfds = (folder / "metadata.json").is_file()
+    if not is_tfds and not (folder / "dataset_spec.json").is_file():
         raise FileNotFoundError(f"{folder} has no dataset_spec.json, and no metadata.json of tfds's builder.")
-    file = folder / ("metadata.json" if of_tfds else "dataset_spec.json")
+    file = folder / ("metadata.json" if is_tfds else "dataset_spec.json")
     with _files.reading(file, "is not a specification of Meta-Dataset"):
         spec, slices = _files.read_json(file), None
-        if of_tfds:
+        if is_tfds:
             slices, spec = spec["relative_class_slices"][version][part], spec["dataset_specs"][version]
         elif spec["file_pattern"] != "{}.tfrecords":
             raise ValueError(f"only files '{{}}.tfrecords' are read; got {spec['file_pattern']!r}")
-        described = _described(spec, part)
-        ranges = [slices[str(k)] for k in range(len(described.numbers))] if slices is not None else []
-    if not described.numbers:
+        part_classes = _classes_of_part(spec, part)
+        ranges = [slices[str(k)] for k in range(len(part_classes.numbers))] if slices is not None else []
+    if not part_classes.numbers:
         raise ValueError(f"{folder}: the part {part!r} has no classes.")
-    if of_tfds:
-        classes = _of_tfds(folder, ranges, check)
+    if is_tfds:
+        records_of_classes = _tfds_records(folder, ranges, check)
     else:
-        classes = (read_tfrecords(folder / f"{number}.tfrecords", check=check) for number in described.numbers)
+        files = (folder / f"{number}.tfrecords" for number in part_classes.numbers)
+        records_of_classes = (read_tfrecords(file, check=check) for file in files)
     x, y = [], []
     with _files.reading(folder, "has a record that is not an image of Meta-Dataset"):
-        for number, records in zip(described.numbers, classes, strict=True):
+        for number, records in zip(part_classes.numbers, records_of_classes, strict=True):
             for record in records:
                 x.append(_pixels(image, io.BytesIO(read_example(record)["image"][0]), size, channels))
                 y.append(number)
-        names = described.names
+        names = part_classes.names
         # Omniglot has "character01" in every alphabet.
         if len(set(names)) < len(names):
-            names = [f"{number}/{name}" for number, name in zip(described.numbers, names, strict=True)]
+            names = [f"{number}/{name}" for number, name in zip(part_classes.numbers, names, strict=True)]
         return from_arrays(
             np.stack(x),
             y,
             name=str(spec.get("name", folder.name)),
             class_names=names,
-            superclass=described.superclass,
-            ontology=described.ontology,
+            superclass=part_classes.superclass,
+            ontology=part_classes.ontology,
         )
 
 
-class _Described(NamedTuple):
+class _PartClasses(NamedTuple):
     """The classes of a part, from a specification."""
 
     numbers: range
@@ -142,7 +144,7 @@ class _Described(NamedTuple):
     ontology: dict[str, list[str]] | None = None
 
 
-def _described(spec: Any, part: str) -> _Described:
+def _classes_of_part(spec: Any, part: str) -> _PartClasses:
     """Returns the classes of a part. If the specification has another form, it may raise any error."""
     num_classes = len(spec["class_names"])
     superclass = ontology = None
@@ -151,9 +153,9 @@ def _described(spec: Any, part: str) -> _Described:
         sizes = [operator.index(sizes[str(k)]) for k in range(len(sizes))]
         if min(sizes, default=0) < 0 or sum(sizes) > num_classes:
             raise ValueError(f"`classes_per_superclass` must add up to at most {num_classes} classes")
-        above = _in_part(spec["superclasses_per_split"], part, len(sizes))
-        first = sum(sizes[: above.start])
-        superclass = [k for k in above for _ in range(sizes[k])]
+        superclasses = _in_part(spec["superclasses_per_split"], part, len(sizes))
+        first = sum(sizes[: superclasses.start])
+        superclass = [k for k in superclasses for _ in range(sizes[k])]
         numbers = range(first, first + len(superclass))
     elif "split_subgraphs" in spec:
         graphs = spec["split_subgraphs"]
@@ -162,26 +164,26 @@ def _described(spec: Any, part: str) -> _Described:
         ontology = {str(node["wn_id"]): [str(child) for child in node["children_ids"]] for node in graphs[part.upper()]}
     else:
         numbers = _in_part(spec["classes_per_split"], part, num_classes)
-    return _Described(numbers, [str(spec["class_names"][str(k)]) for k in numbers], superclass, ontology)
+    return _PartClasses(numbers, [str(spec["class_names"][str(k)]) for k in numbers], superclass, ontology)
 
 
-def _of_tfds(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Iterator[bytes]]:
+def _tfds_records(folder: Path, slices: list[list[int]], check: bool) -> Iterator[Iterator[bytes]]:
     """Yields the records of each class, which are a slice of the sequence of all records in the shards.
 
-    The classes of a part are contiguous, too, so that one pass reads them.
+    The slices of the classes of a part follow one another, so that one pass over the shards reads them.
     """
     files = sorted(folder.glob("*-all_classes.tfrecord-*"))
     if not files:
         raise FileNotFoundError(f"{folder} has no files *-all_classes.tfrecord-* (other formats of tfds are not read).")
     records = itertools.chain.from_iterable(read_tfrecords(file, check=check) for file in files)
-    read = 0
+    num_read = 0
     for start, stop in slices:
-        if not read <= start <= stop:
+        if not num_read <= start <= stop:
             raise ValueError(f"{folder}: the classes of a part must follow one another; one starts at {start}.")
-        records_of_class = list(itertools.islice(records, start - read, stop - read))
+        records_of_class = list(itertools.islice(records, start - num_read, stop - num_read))
         if len(records_of_class) < stop - start:
-            raise ValueError(f"{folder}: records {start} to {stop} were expected; the files end before.")
-        read = stop
+            raise ValueError(f"{folder}: expected records {start} to {stop}, but the files have fewer.")
+        num_read = stop
         yield iter(records_of_class)
 
 

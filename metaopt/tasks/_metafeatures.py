@@ -107,9 +107,11 @@ def metafeatures(
 
 
 def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Describes the images of a task by simple statistics, for an h or g that reads image tasks. It trains no learner.
+    """Describes the images of a task by simple statistics, for a predictor of λ (g) or of architectures (h).
 
-        between(a, b) = mean of a · b over mean of x², with x the images minus their mean image
+    It trains no learner. For parts a and b of the images x, which are centered by subtracting their mean image,
+
+        between(a, b) = mean(a · b) / mean(x²).
 
     Args:
       images: [N, height, width, channels] of training rows, standardized; channels are averaged.
@@ -256,24 +258,25 @@ def _statistical(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     centers = [x[y == k].mean(axis=0) for k in (np.argmax(counts), least)]
     squared = _canonical_correlations(centered, sd, y) ** 2
     eigenvalues = squared / (1.0 - squared)
-    some = len(squared) > 0
+    has_correlations = len(squared) > 0
     return {
-        **{key: value for name, each in values.items() for key, value in _summary(name, each).items()},
+        **{key: value for name, v in values.items() for key, value in _summary(name, v).items()},
         **_summary("can_cor", np.sqrt(squared)),
         "nr_cor_attr": float((cor > 0.5).mean()) if len(cor) else math.nan,
         "nr_outliers": float(outliers.sum()) if num_columns else math.nan,
         "gravity": float(np.linalg.norm(centers[0] - centers[1])) if num_columns else math.nan,
-        "p_trace": float(squared.sum()) if some else math.nan,
-        "lh_trace": float(eigenvalues.sum()) if some else math.nan,
-        "roy_root": float(eigenvalues.max()) if some else math.nan,
-        "w_lambda": float(np.prod(1.0 - squared)) if some else math.nan,
+        "p_trace": float(squared.sum()) if has_correlations else math.nan,
+        "lh_trace": float(eigenvalues.sum()) if has_correlations else math.nan,
+        "roy_root": float(eigenvalues.max()) if has_correlations else math.nan,
+        "w_lambda": float(np.prod(1.0 - squared)) if has_correlations else math.nan,
     }
 
 
 def _canonical_correlations(centered: np.ndarray, sd: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Cosines of the angles between the span of the columns and the span of the class indicators, min(d, K - 1).
+    """The min(d, K - 1) cosines of the angles between the span of the columns and the span of the class indicators.
 
-    The class indicators over √count are orthonormal, and centered columns are orthogonal to the sum of the indicators.
+    Divided by √count, the class indicators are orthonormal. Centered columns are orthogonal to the sum of the
+    indicators, so that at most K - 1 cosines are not 0.
     """
     scaled = centered[:, sd > 0] / sd[sd > 0]
     if not scaled.shape[1]:
@@ -309,30 +312,28 @@ def _mutual_information(code: np.ndarray, y: np.ndarray) -> tuple[float, float, 
     """H(x), H(x, y) and I(x; y)."""
     width = y.max() + 1
     joint = np.bincount(code * width + y, minlength=(code.max() + 1) * width).reshape(-1, width)
-    own, both = _entropy(joint.sum(axis=1)), _entropy(joint.ravel())
-    return own, both, max(own + _entropy(joint.sum(axis=0)) - both, 0.0)
+    entropy, joint_entropy = _entropy(joint.sum(axis=1)), _entropy(joint.ravel())
+    return entropy, joint_entropy, max(entropy + _entropy(joint.sum(axis=0)) - joint_entropy, 0.0)
 
 
 def _information(codes: list[np.ndarray], y: np.ndarray, rng) -> dict[str, float]:
-    own, both, mutual = np.array([_mutual_information(code, y) for code in codes]).T
+    entropy, joint_entropy, mutual = np.array([_mutual_information(code, y) for code in codes]).T
     class_entropy, mean = _entropy(np.bincount(y)), mutual.mean()
-    rows = np.arange(len(y))
-    if len(rows) > _MAX_ROWS:
-        rows = rng.choice(len(y), _MAX_ROWS, replace=False)
+    rows = rng.choice(len(y), _MAX_ROWS, replace=False) if len(y) > _MAX_ROWS else np.arange(len(y))
     order = rng.permutation(len(codes)) if sum(code.max() + 1 for code in codes) > _MAX_LEVELS else range(len(codes))
-    some, width = [], 0
+    chosen_codes, width = [], 0
     for j in order:
         width += codes[j].max() + 1
-        if width <= _MAX_LEVELS or len(some) < 2:
-            some.append(codes[j][rows])
-    between = _concentration(some, some)
+        if width <= _MAX_LEVELS or len(chosen_codes) < 2:
+            chosen_codes.append(codes[j][rows])
+    between = _concentration(chosen_codes, chosen_codes)
     np.fill_diagonal(between, np.nan)
     return {
         "class_ent": class_entropy,
         "eq_num_attr": _ratio(class_entropy, mean),
-        "ns_ratio": _ratio(own.mean() - mean, mean),
-        **_summary("attr_ent", own),
-        **_summary("joint_ent", both),
+        "ns_ratio": _ratio(entropy.mean() - mean, mean),
+        **_summary("attr_ent", entropy),
+        **_summary("joint_ent", joint_entropy),
         **_summary("mut_inf", mutual),
         **_summary("attr_conc", between),
         **_summary("class_conc", _concentration(codes, [y])),
@@ -340,7 +341,7 @@ def _information(codes: list[np.ndarray], y: np.ndarray, rng) -> dict[str, float
 
 
 def _concentration(known: list[np.ndarray], about: list[np.ndarray]) -> np.ndarray:
-    """τ of each of `about` given each of `known`: (Σ_ij p_ij²/p_i - Σ_j p_j²) / (1 - Σ_j p_j²); NaN for a constant."""
+    """[known, about] τ of `about` given `known`: (Σ_ij p_ij²/p_i - Σ_j p_j²) / (1 - Σ_j p_j²), NaN for a constant."""
 
     def onehot(codes):
         starts = np.cumsum([0] + [code.max() + 1 for code in codes])
@@ -353,10 +354,11 @@ def _concentration(known: list[np.ndarray], about: list[np.ndarray]) -> np.ndarr
     joint = (a.T @ b).astype(np.float64) / len(a)
     a_share, b_share = a.mean(axis=0, dtype=np.float64), b.mean(axis=0, dtype=np.float64)
     squares = joint**2 / np.where(a_share > 0, a_share, 1.0)[:, None]
-    together = np.add.reduceat(np.add.reduceat(squares, a_starts, axis=0), b_starts, axis=1)
-    alone = np.add.reduceat(b_share**2, b_starts)
-    varies = 1.0 - alone > 1e-12
-    return np.where(varies, (together - alone) / np.where(varies, 1.0 - alone, 1.0), np.nan)
+    # Rows of `squares` are the levels of all known columns, its columns those of `about`: sum over each pair's block.
+    conditional = np.add.reduceat(np.add.reduceat(squares, a_starts, axis=0), b_starts, axis=1)
+    marginal = np.add.reduceat(b_share**2, b_starts)
+    varies = 1.0 - marginal > 1e-12
+    return np.where(varies, (conditional - marginal) / np.where(varies, 1.0 - marginal, 1.0), np.nan)
 
 
 def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> dict[str, float]:
@@ -377,19 +379,19 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
     one_nn = KNeighborsClassifier(1, algorithm="brute")
     names = ("best_node", "random_node", "worst_node", "one_nn", "elite_nn", "linear_discr", "naive_bayes")
     scores: dict[str, list[float]] = {name: [] for name in names}
-    every = slice(None)
+    all_columns = slice(None)
     with threadpool_limits(1), warnings.catch_warnings():  # here, threads cost more than they save
         warnings.simplefilter("ignore")  # collinear columns, classes of one row
         for k in range(fold.max() + 1):
-            train, held = fold != k, fold == k
+            train, test = fold != k, fold == k
             labels = np.unique(y[train], return_inverse=True)[1]
-            gains = [_mutual_information(code, labels)[2] for code in _discretize(x[train], categorical)]
-            best, worst, anywhere = [int(np.argmax(gains))], [int(np.argmin(gains))], [int(rng.integers(x.shape[1]))]
-            columns = (every, anywhere, worst, every, best, every, every)
+            gains = np.array([_mutual_information(code, labels)[2] for code in _discretize(x[train], categorical)])
+            best, worst, random_column = ([int(j)] for j in (gains.argmax(), gains.argmin(), rng.integers(x.shape[1])))
+            columns = (all_columns, random_column, worst, all_columns, best, all_columns, all_columns)
             learners = (stump, stump, stump, one_nn, one_nn, LinearDiscriminantAnalysis(), GaussianNB())
             for name, learner, column in zip(names, learners, columns, strict=True):
                 try:
-                    score = learner.fit(x[train][:, column], y[train]).score(x[held][:, column], y[held])
+                    score = learner.fit(x[train][:, column], y[train]).score(x[test][:, column], y[test])
                 except (ValueError, IndexError, np.linalg.LinAlgError):  # one class, few rows, or constant columns
                     score = math.nan
                 scores[name].append(float(score))
@@ -420,7 +422,7 @@ class FeatureScaling(NamedTuple):
         """Brings the meta-features of one table to the scale of the training tables.
 
         Pass either `clip` or `limit`. A clipped feature hides how far the table is from the training tables. A
-        predictor with a `limit` needs this distance; for other models, such values are too large.
+        predictor with a `limit` needs this distance. Other models need smaller features, and so `clip`.
 
         Args:
           features: the meta-features of one table, by name; names that the scaling does not have are ignored.

@@ -68,9 +68,10 @@ def support_groups(source: Source, num_shots: int, num_query: int, disjoint: boo
     least, query = needed(num_shots), needed(num_query)
     if least + query > source.num_groups:
         raise ValueError(
-            f"Source {source.name!r} has {source.num_groups} groups. To be sure of {num_shots} support and {num_query} "
-            f"query examples of every class from different ones, it takes {least} and {query}; take fewer examples, "
-            "drop groups with few (`source.keep`), or let groups be on both sides: `disjoint_groups=False`."
+            f"Source {source.name!r} has {source.num_groups} groups. Support and query examples must come from "
+            f"different groups, and {least} + {query} groups are needed to guarantee {num_shots} and {num_query} "
+            "examples of every class. Take fewer examples, drop groups with few examples (`source.keep`), or allow "
+            "groups on both sides: `disjoint_groups=False`."
         )
     spare = source.num_groups - least - query
     return least + round(spare * num_shots / (num_shots + num_query))
@@ -78,8 +79,8 @@ def support_groups(source: Source, num_shots: int, num_query: int, disjoint: boo
 
 def _cells(source: Source) -> np.ndarray:
     group = np.zeros_like(source.y) if source.group is None else source.group
-    flat = source.y.astype(np.int64) * source.num_groups + group
-    return np.bincount(flat, minlength=source.num_classes * source.num_groups).reshape(source.num_classes, -1)
+    cell = source.y.astype(np.int64) * source.num_groups + group
+    return np.bincount(cell, minlength=source.num_classes * source.num_groups).reshape(source.num_classes, -1)
 
 
 def make_pool(
@@ -92,12 +93,12 @@ def make_pool(
     shares = cumulative_shares(weights, len(sources))
     # If groups are ignored, all examples of a class belong to one group.
     sources = [s if num else s._replace(group=None) for s, num in zip(sources, support_groups, strict=True)]
-    most = max(source.num_groups for source in sources)
-    cells = np.concatenate([np.pad(c, [(0, 0), (0, most - c.shape[1])]) for c in map(_cells, sources)])
+    max_groups = max(source.num_groups for source in sources)
+    cells = np.concatenate([np.pad(c, [(0, 0), (0, max_groups - c.shape[1])]) for c in map(_cells, sources)])
     rows = [np.lexsort((s.y if s.group is None else s.group, s.y)) for s in sources]
     first_class = np.cumsum([0] + [source.num_classes for source in sources])
-    flat = [members + first for node, first in zip(nodes, first_class, strict=False) for members in node]
-    sizes = np.array([len(members) for members in flat])
+    members_of_nodes = [members + first for node, first in zip(nodes, first_class, strict=False) for members in node]
+    sizes = np.array([len(members) for members in members_of_nodes])
     num_nodes = np.array([len(node) for node in nodes])
 
     def index(values):
@@ -115,7 +116,7 @@ def make_pool(
         num_nodes=index(num_nodes),
         node_start=index(np.cumsum(sizes) - sizes),
         node_size=index(sizes),
-        members=index(np.concatenate(flat)),
+        members=index(np.concatenate(members_of_nodes)),
         shares=shares,
     )
     return pool, int(sizes.max())
@@ -190,29 +191,17 @@ def gather(
     """Returns the episode with the given number of examples of each class, padded to `sizes`."""
     grouped, padded_ways = pool.support_groups[source] > 0, len(classes)
     num_ways = (classes >= 0).sum().astype(jnp.int32)
-    # The class of each row, and the index among its examples: [S] rows of the support set, then [Q] of the query set.
-    at_support, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
-    way = (ends[None] <= at_support[:, None]).sum(axis=1).astype(jnp.int32)
-    nth = at_support - jnp.append(0, ends)[way]
-    at_query = jnp.arange(sizes[1], dtype=jnp.int32)
+    way, index_in_class, real = _classes_of_rows(shots, num_query, num_ways, padded_ways, sizes)
     is_query = jnp.arange(sum(sizes)) >= sizes[0]
-    way = jnp.minimum(jnp.append(way, at_query // num_query), padded_ways - 1)
-    nth = jnp.append(nth, at_query % num_query)
-    real = jnp.append(at_support < ends[-1], at_query < num_query * num_ways)
-    # Permutations of the examples of each class: one for each side if groups matter. Otherwise one, and the query set
-    # takes its beginning.
-    apart = grouped & ~is_query
-    epoch = jnp.where(apart, way + padded_ways, way)
-    nth = jnp.where(grouped | is_query, nth, nth + num_query)
-    place = _permutations.shuffled(
-        key, epoch, nth, jnp.maximum(jnp.where(apart, sides.num_support[way], sides.num_query[way]), 1)
-    )
-    place = place + jnp.where(apart, sides.num_query[way], 0)
-    # From the place within the class, in the order of the groups, to the row: rows of one group are contiguous.
-    cumulated = jnp.cumsum(pool.cells[classes][:, sides.order], axis=1)  # [W, groups]
-    group = (cumulated[way] <= place[:, None]).sum(axis=1)
-    start = pool.cell_start[classes[way], sides.order[jnp.minimum(group, len(sides.order) - 1)]]
-    row = jnp.where(real, start + place - jnp.where(group > 0, cumulated[way, group - 1], 0), 0)
+    # If groups matter, each side has its own permutation of the examples of a class. Otherwise both sides share one,
+    # and the query set takes its beginning.
+    on_support_side = grouped & ~is_query
+    epoch = jnp.where(on_support_side, way + padded_ways, way)
+    index_in_class = jnp.where(grouped | is_query, index_in_class, index_in_class + num_query)
+    num_examples = jnp.where(on_support_side, sides.num_support[way], sides.num_query[way])
+    place = _permutations.shuffled(key, epoch, index_in_class, jnp.maximum(num_examples, 1))
+    place = place + jnp.where(on_support_side, sides.num_query[way], 0)
+    row = jnp.where(real, _pool_rows(pool, classes, sides.order, way, place), 0)
 
     x = to_floats(pool.x[row]) if preprocess is None else preprocess(pool.x[row])
     rows = {
@@ -220,10 +209,45 @@ def gather(
         "y": jnp.where(real, way, 0),
         "mask": real.astype(jnp.float32),
     }
-    of_source = jnp.where(real, pool.row[row], -1)
-    whole = {"class_mask": (classes >= 0).astype(jnp.float32)}
-    support = {k: v[: sizes[0]] for k, v in rows.items()} | whole | {"num_rows": ends[-1]}
-    query = {k: v[sizes[0] :] for k, v in rows.items()} | whole | {"num_rows": num_query * num_ways}
-    local = jnp.where(classes >= 0, classes - pool.first_class[source], -1)
-    meta = EpisodeMeta(source, local, num_ways, shots, num_query, of_source[: sizes[0]], of_source[sizes[0] :])
+    source_row = jnp.where(real, pool.row[row], -1)
+    class_entries = {"class_mask": (classes >= 0).astype(jnp.float32)}
+    support = {k: v[: sizes[0]] for k, v in rows.items()} | class_entries | {"num_rows": jnp.cumsum(shots)[-1]}
+    query = {k: v[sizes[0] :] for k, v in rows.items()} | class_entries | {"num_rows": num_query * num_ways}
+    class_in_source = jnp.where(classes >= 0, classes - pool.first_class[source], -1)
+    support_row, query_row = source_row[: sizes[0]], source_row[sizes[0] :]
+    meta = EpisodeMeta(source, class_in_source, num_ways, shots, num_query, support_row, query_row)
     return Episode(support, query, meta)
+
+
+def _classes_of_rows(
+    shots: jax.Array, num_query: jax.Array, num_ways: jax.Array, padded_ways: int, sizes: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns three arrays [S + Q], for the rows of the support set and then those of the query set.
+
+    They are the class of the row (in 0..W-1), the index of the row among the rows of its class in its set, and whether
+    the row is real, not padding.
+    """
+    at_support, ends = jnp.arange(sizes[0], dtype=jnp.int32), jnp.cumsum(shots)
+    way = (ends[None] <= at_support[:, None]).sum(axis=1).astype(jnp.int32)
+    index_in_class = at_support - jnp.append(0, ends)[way]
+    at_query = jnp.arange(sizes[1], dtype=jnp.int32)
+    way = jnp.minimum(jnp.append(way, at_query // num_query), padded_ways - 1)
+    index_in_class = jnp.append(index_in_class, at_query % num_query)
+    real = jnp.append(at_support < ends[-1], at_query < num_query * num_ways)
+    return way, index_in_class, real
+
+
+def _pool_rows(pool: Pool, classes: jax.Array, order: jax.Array, way: jax.Array, place: jax.Array) -> jax.Array:
+    """Converts places within the classes into rows of the pool. The rows of one class and group are contiguous.
+
+    Args:
+      pool: the pool.
+      classes: [W] the classes of the episode, numbered across all sources.
+      order: [groups] the order of the groups, by which the places of a class are numbered.
+      way: [N] positions in `classes`.
+      place: [N] the places within these classes.
+    """
+    cumulated = jnp.cumsum(pool.cells[classes][:, order], axis=1)  # [W, groups]
+    group = (cumulated[way] <= place[:, None]).sum(axis=1)
+    start = pool.cell_start[classes[way], order[jnp.minimum(group, len(order) - 1)]]
+    return start + place - jnp.where(group > 0, cumulated[way, group - 1], 0)

@@ -82,7 +82,7 @@ class PreparedTable(NamedTuple):
     encoder: TableEncoder | None = None
 
     def transform(self, rows: Any) -> np.ndarray:
-        """Encodes new rows as the rows of the table.
+        """Encodes new rows in the same way as the rows of the table.
 
         Args:
           rows: a frame, if `prepare` got one; otherwise [n, d] numbers, with NaN in gaps.
@@ -123,8 +123,8 @@ def prepare(
     """Splits a table into training, validation and test rows, and encodes it.
 
     The split is stratified: the share of each class is the same in all parts, to within a row, and each class has at
-    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows.
-    `fit_encoder` first makes numbers of the columns of a frame, from all rows and without the target.
+    least one training row. `fit_columns` describes the encoding. Its statistics come from the training rows. For a
+    frame, `fit_encoder` first turns the columns into numbers. It reads all rows, but not the target.
 
     Args:
       table: a `Table`. With `target`, a frame of any type that `fit_encoder` takes.
@@ -148,7 +148,8 @@ def prepare(
       ValueError: if `x` is not real, or not finite in float32, or `y` is not classes as integers from 0.
       ValueError: if float32 merges the codes of a categorical column.
       ValueError: if fewer than 2 classes, no varying column, or no validation or test row remains.
-      ValueError: if `fit_encoder` rejects the frame, or `fit_labels` the target, or not each row has one label.
+      ValueError: if `fit_encoder` rejects the frame, or `fit_labels` the target.
+      ValueError: if the number of labels is not the number of rows of the frame.
 
     >>> frame = {"size": [1.5, 2.5, 3.5, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes"] * 10}
     >>> prepared = prepare(frame, "sold", test_fraction=0.0)
@@ -261,7 +262,7 @@ def _checked(table: Table) -> tuple[Table, np.ndarray]:
     if y.dtype.kind not in "iu" or np.min(y, initial=0) < 0 or np.max(y, initial=0) > highest:
         raise ValueError(
             f"table {table.name}: `y` must be classes as integers from 0 on; got {y.dtype}, such as "
-            f"{y[:3].tolist()}. `np.unique(y, return_inverse=True)[1]` makes them so."
+            f"{y[:3].tolist()}. `np.unique(y, return_inverse=True)[1]` converts them."
         )
     with np.errstate(over="ignore"):  # checked below
         narrow = x.astype(np.float32)
@@ -288,21 +289,22 @@ def _checked(table: Table) -> tuple[Table, np.ndarray]:
 
 
 def _split(y: np.ndarray, index: np.ndarray, fractions: tuple[float, ...], rng) -> list[np.ndarray]:
-    """Returns the rest, then one part per fraction, in random order. Each class of `index` keeps a row in the rest.
+    """Splits `index` at random: returns the remaining rows first, then one part per fraction, each in random order.
 
-    Counts are rounded after summing them over the classes in random order, so that the sizes of the parts are also
-    right.
+    Each class of `index` has at least one of the remaining rows. The counts of the classes are differences of rounded
+    cumulative sums over the classes, in random order. So the size of each part is right, too, and not only the share of
+    each class.
     """
     classes = rng.permutation(np.unique(y[index]))
     members = [rng.permutation(index[y[index] == c]) for c in classes]
     sizes = np.array([len(m) for m in members])
     ends = np.round(np.cumsum(sizes)[:, None] * np.array(fractions)).astype(int)
-    wanted = np.diff(ends, axis=0, prepend=0)
+    counts_of_classes = np.diff(ends, axis=0, prepend=0)
     parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
-    for member, take in zip(members, wanted, strict=True):
-        for k in reversed(range(len(take))):
-            take[k] -= max(0, min(take[k], take.sum() - (len(member) - 1)))
-        pieces = np.split(member, np.cumsum(take))
+    for member, counts in zip(members, counts_of_classes, strict=True):
+        for k in reversed(range(len(counts))):
+            counts[k] -= max(0, min(counts[k], counts.sum() - (len(member) - 1)))
+        pieces = np.split(member, np.cumsum(counts))
         for k, piece in enumerate([pieces[-1], *pieces[:-1]]):
             parts[k].append(piece)
     return [rng.permutation(np.concatenate(part)) for part in parts]

@@ -42,10 +42,10 @@ class FittedColumns(NamedTuple):
     kept: np.ndarray
 
     def transform(self, x: np.ndarray) -> np.ndarray:
-        """Encodes rows by statistics of other rows.
+        """Encodes rows by the statistics of the rows that `fit_columns` got.
 
-        An unseen level is marked in the column of rare levels. If there is no such column, all columns of the level are
-        zero. Gaps in a numeric column become the median.
+        An unseen level is marked in the column of rare levels. Without this column, it has zeros in all columns of its
+        category. Gaps in a numeric column become the median.
 
         Args:
           x: [n, d], the columns of `fit_columns` in the same order.
@@ -75,14 +75,15 @@ def fit_columns(
 
     A numeric column becomes one column. Gaps are filled with the median. Then, depending on `scaling`,
 
-    - "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the rows here. This turns any
+    - "quantile": Φ⁻¹(u), where u is the mid-rank of x among (at most 200) quantiles of the column. This turns any
       continuous variable into a normal one. Then the column gets zero mean and unit variance;
     - "standard": zero mean and unit variance.
 
     Finally, x / √(1 + (x / 3)²) clips the values softly to (-3, 3). If the rows have gaps, a second column marks them.
-    A categorical column is encoded by its number of levels. Two levels give one column of ∓1 (0 for neither). Up to
-    `max_levels` levels give one column per level (all zeros for none of them). More levels give columns for the
-    `max_levels` - 1 most frequent ones and one column for the others. Encoded columns that are constant are dropped.
+    The encoding of a categorical column depends on its number of levels. Two levels give one column of ∓1 (0 for gaps
+    and unseen levels). Up to `max_levels` levels give one column per level (all zeros for gaps and unseen levels). More
+    levels give columns for the `max_levels` - 1 most frequent ones and one column for the others. Constant encoded
+    columns are dropped.
 
     Args:
       x: [n, d] real numbers, NaN where missing, finite otherwise; a categorical column holds codes.

@@ -16,7 +16,7 @@ from metaopt.tasks._columns import looks_like_id
 if TYPE_CHECKING:
     from metaopt.tasks._tables import Table
 
-_MIN_ROWS, _MIN_SHARE = 5, 0.1  # common rows, also as a share of the different rows of the smaller table
+_MIN_ROWS, _MIN_SHARE = 5, 0.1  # minimal number of shared rows, also as a share of the smaller table's different rows
 _MIN_RATIO = 4  # common rows / common rows after shuffling
 _MIN_VALUES = 10  # different values of a numeric column; with fewer, columns may be equal by chance
 

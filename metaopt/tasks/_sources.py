@@ -388,7 +388,11 @@ def _from_columns(
     target: list[str],
     source: str,
 ) -> Table:
-    """A table whose source names the nominal columns; these are coded, except columns with more than 10 numbers."""
+    """Makes a table from columns of strings, whose source states which of them are nominal.
+
+    A column becomes codes if one of its values is not a number, or if it is nominal and has at most 10 different
+    values.
+    """
     kept = []
     for texts, is_nominal in zip(columns, nominal, strict=True):
         rows = [i for i, text in enumerate(texts) if text not in MISSING]
@@ -412,7 +416,7 @@ def _table(name: str, family: str, columns: Sequence[Column], labels: list[str],
     """Makes a table. Classes are sorted: numbers first, by their values, then words."""
     classes = sorted(set(labels), key=level_order)
     if len(classes) < 2:
-        raise ValueError("one class only")
+        raise ValueError("the target has only one class")
     index = {c: i for i, c in enumerate(classes)}
     x = np.stack([column.values for column in columns], axis=1)
     categorical = np.array([column.categorical for column in columns])

@@ -67,21 +67,19 @@ def split_rows(source: Source, sizes: Mapping[str, float], *, seed: int = 0) -> 
         raise ValueError(f"`sizes` must be positive shares that sum to at most 1; got {dict(sizes)}.")
     rng = np.random.default_rng(seed)
     if source.group is not None:
-        place = rng.permutation(source.num_groups)[source.group] / source.num_groups
+        quantile = rng.permutation(source.num_groups)[source.group] / source.num_groups
     else:
         order = np.lexsort((rng.random(len(source.y)), source.y))  # at random within the classes
         counts = np.bincount(source.y)
         rank = np.empty(len(order))
         rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-        place = rank / counts[source.y]
+        quantile = rank / counts[source.y]
     split = Split()
     start = 0.0
     for part, share in sizes.items():
-        rows = np.flatnonzero((place >= start - 1e-9) & (place < start + share - 1e-9))
+        rows = np.flatnonzero((quantile >= start - 1e-9) & (quantile < start + share - 1e-9))
         if not len(rows):
-            raise ValueError(
-                f"Part {part!r} of source {source.name!r} is left without an example: its share is {share}."
-            )
+            raise ValueError(f"Part {part!r} of source {source.name!r} has no example: its share {share} is too small.")
         missing = np.setdiff1d(source.y, source.y[rows])
         if len(missing):  # `select` would number the classes of this part differently
             fewest = math.ceil(1 / min(sizes.values()) - 1e-9)
@@ -115,7 +113,10 @@ def merge_splits(*splits: Mapping[str, Mapping[str, Any]]) -> Split:
     for split in splits:
         names = {name for part in split.values() for name in part}
         if names & seen:
-            raise ValueError(f"Two of the splits are of source {sorted(names & seen)[0]!r}; merge different sources.")
+            raise ValueError(
+                f"Two splits name the source {sorted(names & seen)[0]!r}; only splits of different sources can be "
+                "merged."
+            )
         seen |= names
         for part, sources in split.items():
             merged[part] = {**merged.get(part, {}), **sources}
@@ -193,18 +194,18 @@ def _check_disjoint(split: Mapping[str, Any], source: Source) -> None:
     parts = [part for part in split if source.name in split[part]]
     for number, part in enumerate(parts):
         chosen = split[part][source.name]
-        mine = np.ones(len(source.y), bool)
+        in_part = np.ones(len(source.y), bool)
         if chosen.get("classes") is not None:
-            mine &= np.isin(np.array(source.class_names), chosen["classes"])[source.y]
+            in_part &= np.isin(np.array(source.class_names), chosen["classes"])[source.y]
         if chosen.get("rows") is not None:
-            mine &= np.isin(np.arange(len(source.y)), chosen["rows"])
-        shared = np.flatnonzero(mine & (owner >= 0))
+            in_part &= np.isin(np.arange(len(source.y)), chosen["rows"])
+        shared = np.flatnonzero(in_part & (owner >= 0))
         if len(shared):
             raise ValueError(
                 f"The parts {parts[owner[shared[0]]]!r} and {part!r} share example {shared[0]} of source "
                 f"{source.name!r}."
             )
-        owner[mine] = number
+        owner[in_part] = number
 
 
 def _encode(split: Split) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -45,7 +45,7 @@ class Table(NamedTuple):
         return int(self.y.max()) + 1
 
 
-# Other names of a source. The right-hand sides are the families of the data folder's index.
+# Other names of a source -> its family, as in the index of the data folder (`METAOPT_DATA`, see CONTRIBUTING.md).
 FAMILY_ALIASES = {
     "ada": "adult",
     "allbp": "thyroid",
@@ -139,7 +139,7 @@ def join_families(tables: Sequence[Table]) -> list[Table]:
         first, second = joined[tables[i].family], joined[tables[j].family]
         if first != second:
             _log.warning(
-                "tables %s and %s hold the same rows; their families %s and %s are one now",
+                "tables %s and %s hold the same rows; their families %s and %s are joined",
                 tables[i].name,
                 tables[j].name,
                 first,
@@ -157,8 +157,8 @@ def deduplicate(*sources: Sequence[Table]) -> list[Table]:
 
     Shapes count as equal if rows differ by at most 25 %, columns by at most 10 % or 2, and classes by at most 20 %. The
     reason is that sources drop rows with gaps, constant columns and the rarest classes. `yeast1`, which has two
-    classes, stays next to `yeast`, which has nine; their family keeps them in one fold. Tables of the same source are
-    never omitted, because the columns of one patient may come with several targets.
+    classes, stays next to `yeast`, which has nine; their family keeps them in one fold. Within one source, no table is
+    omitted, because a source may have several tables with the same columns of the same patients but other targets.
 
     Args:
       *sources: lists of tables, the preferred source first.

@@ -145,7 +145,7 @@ def _numbers(name: str, values: Any) -> np.ndarray:
         except (TypeError, ValueError):
             pass
     if array.dtype.kind not in "biuf" + "mM" * (name == "time"):
-        hint = {"x": "columns of text become one of 0 and 1 for each value", "time": "ISO 8601 is read as dates"}
+        hint = {"x": "one-hot encode columns of text", "time": "ISO 8601 is read as dates"}
         also = hint.get(name, "number the classes, `np.unique(y, return_inverse=True)[1]`")
         raise ValueError(f"`{name}` must be numbers; got {array.dtype}, {array.ravel()[:3].tolist()}: {also}.")
     return array
@@ -227,24 +227,24 @@ def user_episodes(
         count=jnp.asarray(counts, jnp.int32),
         classes=classes,
     )
-    who = jnp.asarray(chosen, jnp.int32)
+    user_positions = jnp.asarray(chosen, jnp.int32)
 
     def sample(key, user=None):
         if user is not None and not isinstance(user, Tracer):
             _check_position(user, len(chosen))
         user_key, row_key = jax.random.split(key)
         position = jax.random.randint(user_key, (), 0, len(chosen)) if user is None else user
-        drawn = who[position]
-        order_of_records = _draw_order(row_key, order, widest, records.count[drawn], num_support)
-        support = _part(records, drawn, order_of_records[:num_support])
-        query = _part(records, drawn, order_of_records[num_support : num_support + num_padded])
-        return Episode(support, query, {"user": drawn})
+        table_user = user_positions[position]  # `user` is a position in `users`
+        order_of_records = _draw_order(row_key, order, widest, records.count[table_user], num_support)
+        support = _part(records, table_user, order_of_records[:num_support])
+        query = _part(records, table_user, order_of_records[num_support : num_support + num_padded])
+        return Episode(support, query, {"user": table_user})
 
     return sample
 
 
 class _Records(NamedTuple):
-    """The records of all users, those of one user after those of another, in the order of time."""
+    """The records of all users, sorted by user, then by time."""
 
     x: jax.Array  # [N, D]
     y: jax.Array  # [N]

@@ -14,12 +14,12 @@ _NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
 
 
 def logged(far_from_rest: bool, run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> bool:
-    """Logs the warnings that are due after a call of `num` steps, each at most once in a call of `fit`.
+    """Logs the warnings that are due after a program of `num` steps, each at most once in a run of `fit`.
 
     Args:
       far_from_rest: whether the warning of an implicit rule far from rest was logged before.
-      run: the run after the call.
-      num: the number of steps of the call.
+      run: the run after these steps.
+      num: the number of steps that the program took.
       num_steps: the number of steps of the whole run.
       hyperparams: the initial λ.
 
@@ -48,9 +48,9 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         _log.warning(
             f"After {run.step} steps, these entries of λ still have their initial values: "
-            f"{', '.join(names[:5])}{more}. Their hypergradient was zero, as if no loss, optimizer or initialization "
-            "reads them, or the outer optimizer did not move them. `hypergrad.check` names the entries on which the "
-            "outer loss does not depend."
+            f"{', '.join(names[:5])}{more}. Either their hypergradient was zero, for example because no loss, "
+            "optimizer or initialization uses them, or the outer optimizer did not move them. `hypergrad.check` names "
+            "the entries on which the outer loss does not depend."
         )
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: orbax writes the arrays, next to a file that identifies the run. Each appears as a whole.
+"""Checkpoints of a run: orbax writes the arrays, next to a file that identifies the run.
 
-A checkpoint is a directory named after its step. It holds the arrays in a flat dictionary by their path in the tree,
-each with a checksum, and a JSON file. Nothing is pickled. PRNG keys are saved as their data.
+A checkpoint is a directory named after its step. The directory appears only when all of it is written. It holds the
+arrays in a flat dictionary by their path in the tree, each with a checksum, and a JSON file. Nothing is pickled. PRNG
+keys are saved as their data.
 
 A thread writes while the run goes on. If JAX runs several processes, each writes its parts of the arrays that are split
 over them, and the first one writes the rest.
@@ -55,7 +56,7 @@ class Saved(NamedTuple):
     directory: str
 
     def tree(self, like: base.PyTree) -> base.PyTree:
-        """Returns the saved arrays in the structure of `like`, as numpy arrays if `like` has them, else as JAX arrays.
+        """Returns the saved arrays in the structure of `like`: numpy arrays where `like` has them, else JAX arrays.
 
         Raises:
           ValueError: if the two differ in structure, shape or dtype.
@@ -155,9 +156,9 @@ class Checkpoints:
         disk is full, a run of one process logs the error and goes on, and its former checkpoints stay.
 
         Several processes first compare whether each of them can write to the folder, and whether the disk, which they
-        share, has space for the arrays of all. If not, all log this, skip the checkpoint and go on. A write that fails
-        after that raises an error: the thread of that process does not reach orbax's barriers, where the threads of the
-        others wait, so no process can write again.
+        share, has space for the arrays of all. If not, all log this, skip the checkpoint and go on. If a write fails
+        after that, an error is raised, since no process can write again. The threads of the other processes wait at
+        orbax's barriers, which the failed thread never reaches.
 
         Args:
           step: the step, larger than that of every other checkpoint.
@@ -229,7 +230,7 @@ class Checkpoints:
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                # A process that cannot read it must not go on to an older one, or to the checksums, alone.
+                # If one process cannot read a file of this checkpoint, all processes skip the checkpoint together.
                 run = _processes.in_all(self._read, step, "run", self._ocp.args.JsonRestore())
                 saved = _processes.in_all(self._read_arrays, step, run)
                 _processes.in_all(_check_sums, saved, run["arrays"])
@@ -310,7 +311,7 @@ def _claimed(directory: str) -> Iterator[None]:
 
 
 def _check_shared(directory: str) -> None:
-    """Raises ValueError if the processes of a run do not see one folder, in which orbax joins their parts."""
+    """Raises ValueError unless all processes of a run see the same folder. Orbax joins their parts in it."""
     if jax.process_count() == 1:
         return
     # A new name, since a local folder may have files of an older run.
@@ -321,7 +322,7 @@ def _check_shared(directory: str) -> None:
         _processes.in_all(_check_is_there, probe)
     finally:
         if first:
-            with contextlib.suppress(OSError):  # an error of this process alone leaves the others waiting
+            with contextlib.suppress(OSError):  # an error in only one process would leave the others waiting
                 probe.unlink(missing_ok=True)
 
 
@@ -361,7 +362,7 @@ def _rename_unreadable(directory: str, steps: list[int]) -> None:
 
 
 def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:
-    """What orbax saves of an array, and its description."""
+    """The value that orbax saves for an array, and the description of the array."""
     described = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if _processes.is_split(leaf):
         sharding = _processes.described_sharding(leaf)
@@ -374,7 +375,7 @@ def _to_save(leaf: jax.Array) -> tuple[Any, dict[str, Any]]:
 
 
 def _target(described: dict[str, Any]) -> Any:
-    """The kind of array that orbax shall restore."""
+    """The template from which orbax restores an array."""
     shape, dtype = described["shape"], jnp.dtype(described["dtype"])
     sharding = _processes.sharding(described["sharding"]) if "sharding" in described else None
     if sharding is None:
@@ -383,7 +384,7 @@ def _target(described: dict[str, Any]) -> Any:
 
 
 def _check_sums(saved: Saved, described: dict[str, Any]) -> None:
-    # All first: every process takes part in the checksum of an array that is split.
+    # Compute all checksums before raising an error: every process must take part in the checksum of a split array.
     damaged = [name for name, array in saved.arrays.items() if _is_damaged(array, described[name])]
     if damaged:
         raise ValueError(f"the checksum of `{damaged[0]}` does not match")
@@ -402,6 +403,6 @@ def checksum(array: np.ndarray) -> int:
 
 def _refusal(directory: str, step: int, difference: str) -> str:
     return (
-        f"{directory} holds the checkpoint (step {step}) of another run: {difference}. Give this run a directory of "
-        "its own, or continue the other with the arguments that it had."
+        f"{directory} holds the checkpoint (step {step}) of another run: {difference}. Use another directory for "
+        "this run, or continue the other run with its arguments."
     )

@@ -65,33 +65,35 @@ def fine_tune(
         space. A rule that carries training between estimates has comparable values only where a horizon ended. Before
         that, F falls because θ is trained, and not because λ is better. If no horizon ended, the last λ is returned.
       num_steps: K, at least 0; 0 returns the start.
-      optimizer: any optax transform; `optax.adam(0.1)` by default. On 46 development tables, three steps from a
-        predicted λ had the best mean with this rate, within the noise of .03 and .3
-        (`experiments/hyperparameters/transfer`). In coordinates of a space, the first step of Adam moves each by about
-        the rate, and a tree of labels or masks must be `spaces.Unconstrained`, too.
+      optimizer: any optax transform; `optax.adam(0.1)` by default. On 46 development tables, with three steps from a
+        predicted λ, this rate had the best mean. The rates .03 and .3 were within the noise of it
+        (`experiments/hyperparameters/transfer`). In unconstrained coordinates, the first step of Adam moves each
+        coordinate by about the rate. A tree of labels or masks must then be `spaces.Unconstrained`, too.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
-        natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
+        natural units. Without it, the start must be in the estimator's coordinates, and the result is in them too.
       same_key: whether every training run starts with the same key, so that their values are comparable.
 
     Returns:
       `(key, hyperparams, task) -> FineTuned`. Its fields are `hyperparams`, the visited λ with the smallest F,
       including the start; `value` [], its F; `step` [], the step at which it was visited, where 0 is the start; and
       `values` [K + 1], F at every visited λ, NaN where no horizon ended. A λ with non-finite F is the best only if F is
-      finite nowhere. If F is a mean over tasks or seeds, a λ with more non-finite ones than another λ is not the
-      best.
+      finite nowhere. If F is a mean over tasks or seeds, a λ with more non-finite tasks or seeds than another λ is not
+      the best.
 
     Raises:
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.
-      ValueError: at trace time, without `space`, if the start is in natural units and the estimator is not.
+      ValueError: at trace time, without `space`, if the start is in natural units and the estimator takes unconstrained
+        coordinates.
     """
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):
         init_key, last_key = jax.random.split(key)
-        # For this call only: without `jit`, the next call sees what the loss then reads from outside its arguments.
+        # JAX traces the estimate once in this call of `tune`. Without `jit`, the next call traces again, and so sees
+        # new values of the variables that the loss closes over.
         shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
-        begin = lambda key, hyperparams, task: shared.init(last_key if same_key else key, hyperparams, task)
-        learner = _learner.learner(shared._replace(init=begin), optimizer)
+        init_with_key = lambda key, hyperparams, task: shared.init(last_key if same_key else key, hyperparams, task)
+        learner = _learner.learner(shared._replace(init=init_with_key), optimizer)
         hyperparams = _proposals.center_of(hyperparams)
         if space is not None and not isinstance(hyperparams, spaces.Unconstrained):
             hyperparams = spaces.to_unconstrained(space, hyperparams)
@@ -99,8 +101,8 @@ def fine_tune(
         def step(state, _):
             visited = state.hyperparams
             state, metrics = learner.step(state)
-            whole = metrics["num_done"] > 0
-            values = jnp.where(whole, metrics["value"], jnp.nan)
+            horizon_ended = metrics["num_done"] > 0
+            values = jnp.where(horizon_ended, metrics["value"], jnp.nan)
             return state, (visited, values, _proposals.num_excluded(metrics), metrics)
 
         with _tuned_space.recording(tune):
@@ -110,8 +112,10 @@ def fine_tune(
         _warn_of_rest(metrics)
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
-        read = lambda estimate: (*_proposals.value_and_excluded(estimate), jnp.all(estimate.done))
-        last_value, last_excluded, ended = _proposals.values(shared, last_key, last, start.tasks, None, read=read)
+        outcome_of = lambda estimate: (*_proposals.value_and_excluded(estimate), jnp.all(estimate.done))
+        last_value, last_excluded, ended = _proposals.values(
+            shared, last_key, last, start.tasks, None, read_fn=outcome_of
+        )
         last_value = jnp.where(ended | ~jnp.isfinite(values).any(), last_value, jnp.nan)
         visited = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), visited, last)
         values = jnp.concatenate([values, last_value])
@@ -124,7 +128,7 @@ def fine_tune(
 
 
 def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
-    """Logs a warning if an implicit rule ran far from rest, on average over the steps. Traced metrics are skipped."""
+    """Logs a warning if an implicit rule ran far from rest, on average over the steps; never for traced metrics."""
     if any(isinstance(x, Tracer) for x in metrics.values()):
         return
     means = {name: x.mean() for name, x in metrics.items() if x.ndim == 1 and x.size}

@@ -108,8 +108,8 @@ def fit(
       space: the space of λ, if the estimator was made for `spaces.constrain(problem, space)`. The initial λ is
         converted to unconstrained coordinates, in which the outer optimizer works. `evaluate` and the result have λ in
         natural units. An initial λ that is already `spaces.Unconstrained`, such as a predictor's, is not converted.
-        It must be the space that the problem was constrained with. A tree of labels or masks for the outer optimizer
-        must be wrapped in `spaces.Unconstrained`, too.
+        `space` must be the space that the problem was constrained with. A tree of labels or masks for the outer
+        optimizer must be wrapped in `spaces.Unconstrained`, too.
       evaluate: `(key, λ) -> []`, a loss on held-out tasks, smaller is better. Every call has the same key, so that
         every λ is judged on the same draws. Compile it yourself.
       eval_every: steps between evaluations; the first one judges the initial λ.
@@ -120,25 +120,27 @@ def fit(
         a call. The results are those of single steps, up to rounding.
       callback: `(step, metrics) -> stop`, called after every step, counted from 1; or several of them, such as
         `log_to("run.jsonl")`. Scalar metrics are floats, others numpy arrays. After the steps of evaluations, they have
-        the held-out loss as "evaluation". If a callback returns a true value, the run ends (after the call, with
-        `steps_per_call`). If it raises an error, all are still called for the other steps of the same call, and then
-        the run ends. After a resume, they are called again for the steps since the checkpoint.
+        the held-out loss as "evaluation". If a callback returns a true value, the run ends (with `steps_per_call`,
+        after all steps of the program). If it raises an error, all callbacks are still called for the other steps of
+        the same program, and then the run ends. After a resume, they are called again for the steps since the
+        checkpoint.
       progress: None reports steps, evaluations and compilations on standard error. A terminal or notebook shows a bar.
         Elsewhere a line appears every 10 s, and for compilations that take 2 s or more. True also prints a line at the
         end of a short run. False reports nothing.
       checkpoint_dir: the folder for the newest two checkpoints, which is locked during the run; each run needs its own.
         None keeps no checkpoints.
       checkpoint_every: steps between checkpoints; the end of the run writes one, too. A thread writes it during the
-        next steps, from a copy. A run that is killed meanwhile has the checkpoint before it. If it cannot be written,
-        for example because the disk is full, `fit` logs the error, goes on and keeps the checkpoints before it.
-        Several processes agree on this before each write. A write that then fails in one of them ends the run.
+        next steps, from a copy. If the run is killed meanwhile, the checkpoint before it remains. If a checkpoint
+        cannot be written, for example because the disk is full, `fit` logs the error, goes on and keeps the earlier
+        ones. Before each write, several processes agree on whether all of them can write. If the write then fails in
+        one of them, the run ends.
       keep_best: the number of checkpoints to keep besides the newest two: those after the evaluations with the smallest
         losses. To continue from one of them, remove the folders of later steps.
       keep_nonfinite: the number of non-finite steps to keep. If the value or hypergradient of a task is not finite, the
         state before the step is written to the folder `checkpoint_dir`/nonfinite/STEP, where STEP counts the steps
         before it. The same call with that folder as `checkpoint_dir` takes the step again, with the same tasks and
-        keys. With `steps_per_call`, the state is that before the call. A resumed run counts from 0 again. The state is
-        then not donated, so memory holds two of them.
+        keys. With `steps_per_call`, the state is that before the program. A resumed run starts to count such steps at 0
+        again. With `keep_nonfinite`, the state is not donated, so memory holds two of them.
       settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
       allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
       compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
@@ -153,14 +155,16 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `eval_every` is not a whole number of at
-        least 1, or `keep_best` or `keep_nonfinite` not one of at least 0.
+      ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `keep_best` or `keep_nonfinite` and no
+        `checkpoint_dir`.
+      ValueError: if `eval_every` is not a whole number of at least 1, or `keep_best` or `keep_nonfinite` is not an
+        integer of at least 0.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
       ValueError: if the tasks are empty, have labels outside their classes, or change their shapes while some slots are
         not done.
-      ValueError: if `checkpoint_dir` is in use, holds another run, or is not one folder of all processes.
+      ValueError: if `checkpoint_dir` is in use, holds another run, or is not the same folder for all processes.
       OSError: if `checkpoint_dir` cannot be written to.
 
     Example:
@@ -194,10 +198,13 @@ def fit(
         run = _started(saved, steps, num_steps, allow_changed_program, report)
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
-        every = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, metrics, warned, number, callbacks = run.step, [], False, 0, _listed(callback)
+        periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
+        first_step, metrics, warned, signal_number, callbacks = run.step, [], False, 0, _listed(callback)
         try:
             while True:
+                # The callbacks come after the evaluation, since they receive its loss. If it fails, `finally` still
+                # reports the steps. The checkpoint comes after both, so a run that continues from it repeats neither.
+                # The processes then agree on whether to stop, since all must take the same number of steps.
                 try:
                     is_due = run.step == len(run.evaluations) * eval_every
                     if evaluate is not None and is_due and not _processes.agreed(received, False)[0]:
@@ -207,11 +214,11 @@ def fit(
                     ended, metrics = _processes.in_all(_report, callbacks, run.step, metrics), []
                 if run.step > 0 and (run.step % checkpoint_every == 0 or is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
-                number, ended = _processes.agreed(received, ended)
+                signal_number, ended = _processes.agreed(received, ended)
                 stopped = _why_stop(run, num_steps, patience, ended=ended, moved=run.step > first_step)
-                if stopped or number:
+                if stopped or signal_number:
                     break
-                num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *every]))
+                num = min(steps_per_call, *(math.ceil(n - run.step % n) for n in [num_steps, *periods]))
                 program, args, drawn = steps.next_call(run, num, report)
                 if steps.compile(program, args, num, received, report):
                     continue  # a signal may have arrived meanwhile
@@ -231,8 +238,9 @@ def fit(
             _save_after_error(checkpoints, run, steps, report, eval_every)
             raise
         _save(checkpoints, run, steps, report, eval_every)
-    result, number = _result(run, evaluate, space, stopped), received[0] if received else number
-    _raise_if_ended_early(number, run, result, num_steps, checkpoints)
+    result = _result(run, evaluate, space, stopped)
+    signal_number = received[0] if received else signal_number
+    _raise_if_ended_early(signal_number, run, result, num_steps, checkpoints)
     return result
 
 
@@ -260,11 +268,12 @@ def _check_options(
 
 
 def _raise_if_ended_early(
-    number: int, run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
+    signal_number: int, run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
 ) -> None:
     """Raises the exception for a signal or for steps that are not finite. Logs a warning if most steps were skipped."""
-    if number:
-        raise _stopping.signal_error(number, _ended(number, run, num_steps, checkpoints), result)
+    if signal_number:
+        message = _ended(signal_number, run, num_steps, checkpoints)
+        raise _stopping.signal_error(signal_number, message, result)
     if result.stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     skipped = np.sum(run.history.get("skipped", [0.0]))
@@ -318,14 +327,14 @@ def _save_after_error(checkpoints: Checkpoints | None, run: Run, steps: Steps, r
 
 
 def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
-    """Writes the start of a step into a folder of its own, from which `fit` takes this step again."""
+    """Writes the state before a step into a separate folder, from which `fit` can take this step again."""
     assert checkpoints is not None
     try:
         with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
             if start.restore() is None:  # a run that continues may have written it before
                 _save(start, run, steps, report, eval_every)
     except (ValueError, OSError) as error:  # the folder is in use or holds another run, or the disk is full
-        _log.warning(f"The start of step {run.step} is not kept: {error}")
+        _log.warning(f"The state after {run.step} steps could not be saved: {error}")
 
 
 def _is_nonfinite(metrics: dict[str, Any]) -> bool:
@@ -364,12 +373,12 @@ def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, st
     )
 
 
-def _ended(number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
+def _ended(signal_number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
     """The message of the exception for a signal."""
     kept = "They are not in a checkpoint; `result` of this exception has them."
     if checkpoints is not None and checkpoints.newest == run.step:
         kept = f"The checkpoint in {checkpoints.directory} has them: the same call continues from there."
-    return f"{signal.Signals(number).name} ended the run after {run.step} of {num_steps} steps. {kept}"
+    return f"{signal.Signals(signal_number).name} ended the run after {run.step} of {num_steps} steps. {kept}"
 
 
 def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
@@ -411,7 +420,8 @@ def _each(metrics: dict[str, np.ndarray], num: int) -> list[dict[str, Any]]:
 def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
     """The metrics of the last steps, with the newest held-out loss in those of the last step.
 
-    A run that ended before this evaluation has reported its last step already, and reports it again.
+    If an earlier call of `fit` ended before this evaluation, it has reported the last step already. The step is then
+    reported again, with the evaluation.
     """
     if run.step and not metrics:
         metrics = [{name: column[-1] for name, column in run.history.items() if len(column) == run.step}]
@@ -419,7 +429,7 @@ def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, 
 
 
 def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls the callbacks for every step of a call. Returns whether one asked to stop.
+    """Calls the callbacks for every step that a program took. Returns whether one asked to stop.
 
     The first error is raised after the last step, because a resumed run continues after all of the steps.
     """

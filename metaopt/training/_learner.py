@@ -106,7 +106,7 @@ def learner(
         tasks with leading axis B on every leaf ([B]), or for a tuple of such batches (a tuple of [B_i]). The shape of
         each array in `done` must be a prefix of the shapes of the task and state leaves that it governs.
         Or a function `step -> estimator`, for rules with a schedule (MAML++), where step is [] int32, the number of
-        outer steps taken. The states of these estimators must have the same structure, and λ is the same.
+        outer steps taken. These estimators must take the same λ, and their states must have the same structure.
       optimizer: any optax transform. Its update gets the outer loss F(λ) as the extra argument `value`.
       stagger: E, at least 1. `init` advances slot i of B by ⌊i E / B⌋ estimates, at the initial λ. Slots whose horizon
         is E estimates (`hypergrad.truncated`: T / K) then end at different outer steps, and no horizon is cut short. It
@@ -175,7 +175,7 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, hyperparams: base.HyperParams) -> optax.OptState:
-    """The optimizer's first state. If its labels or masks do not fit marked coordinates, the error says how to mark."""
+    """The optimizer's first state. If labels or masks lack `spaces.Unconstrained`, the error says how to add it."""
     try:
         return optimizer.init(hyperparams)
     except (TypeError, ValueError) as error:
@@ -224,7 +224,7 @@ def _step(parts: _Parts, state: LearnerState, fresh_tasks: base.PyTree) -> tuple
     estimate, new_estimator_state = estimator.estimate(hyperparams, tasks, estimator_state)
     _check_estimate(estimate, hyperparams, new_estimator_state, estimator_state)
     norm = optax.tree.norm(estimate.hypergrad)
-    # An optimizer such as Adam divides by the norm of entries, so it would not move if that overflows.
+    # If a squared entry overflows, an optimizer such as Adam divides by infinity, and λ does not move.
     finite = all_finite(estimate.hypergrad) & jnp.isfinite(norm)
     recorded = jax.tree_util.tree_leaves_with_path(parts.record(hyperparams))
     hyperparams, opt_state = _updated(parts.optimizer, estimate, hyperparams, state.opt_state, finite)

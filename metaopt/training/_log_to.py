@@ -55,8 +55,8 @@ def log_to(target: Any, *, every: int = 1) -> Callable[[int, Mapping[str, Any]],
       TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
       ValueError: if `every` is below 1.
       ValueError: at the first step, if the file exists and holds something else.
-      OSError: if the file cannot be opened at the first step, or if its first line cannot be written. `fit` then ends,
-        with its checkpoint.
+      OSError: if the file cannot be opened at the first step, or if its first line cannot be written. `fit` then writes
+        a checkpoint and raises the error.
 
     Example:
       >>> import tempfile
@@ -106,7 +106,7 @@ def _writer(target: Any) -> tuple[Callable[[int], Any], WriteFn]:
 
 
 def _nothing(step: int) -> None:
-    """Tools keep the steps themselves."""
+    """Does nothing: tools keep track of the steps themselves."""
 
 
 class _Lines:
@@ -141,7 +141,7 @@ class _Lines:
             self.warned = True
 
     def _append(self) -> None:
-        """Puts the waiting lines behind those on disk, in place of what is there, such as half a line."""
+        """Writes the waiting lines after those on disk. They replace all later bytes there, such as half a line."""
         assert self.length is not None
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
             file.seek(self.length)
@@ -153,7 +153,7 @@ class _Lines:
 
 
 def _length_before(path: Path, step: int) -> int:
-    """The bytes of the leading lines of earlier steps than this one; 0 if there is no file."""
+    """The number of bytes of the leading lines whose steps are before `step`; 0 without a file."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return 0

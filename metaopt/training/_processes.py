@@ -28,7 +28,8 @@ def local(tree: base.PyTree) -> base.PyTree:
 def agreed(received: Sequence[int], ended: bool) -> tuple[int, bool]:
     """Shares signals and requests to stop with the other processes.
 
-    A signal may arrive at any moment, at one process only. Decide by the number that all processes agree on.
+    A signal may arrive at any moment, at one process only. So decide by the returned number, which is the same in all
+    processes.
 
     Returns:
       The number of a signal that a process has received, or 0, and whether any process asked to stop.

@@ -25,7 +25,7 @@ from metaopt._jaxpr import Jaxpr, Literal, Tracer
 # Parameters that do not change a result. The placement of an array is one of them: a restored state is on one device.
 _NAMES = ("name", "debug_info", "sharding", "out_sharding", "in_shardings", "out_shardings", "dst_sharding")
 _KINDS = {"loops": "a loop of", "numbers": "the number", "constants": "the constant", "operations": "the operation"}
-_MOST = 3  # the number of differences of one kind that a message lists
+_MAX_LISTED = 3  # the number of differences of one kind that a message lists
 
 
 def environment() -> dict[str, Any]:
@@ -59,25 +59,25 @@ def describe(closed: Any) -> dict[str, Any]:
     }
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """Names the differences between two descriptions of programs; "" if their digests are equal."""
-    if there["digest"] == here["digest"]:
+    if stored["digest"] == current["digest"]:
         return ""
-    only_there, only_here = [], []
-    for kind, called in _KINDS.items():
-        before, after = Counter(there[kind]), Counter(here[kind])
-        only_there += _listed(called, before - after)
-        only_here += _listed(called, after - before)
-    if not only_there and not only_here:
+    only_stored, only_current = [], []
+    for kind, noun in _KINDS.items():
+        before, after = Counter(stored[kind]), Counter(current[kind])
+        only_stored += _listed(noun, before - after)
+        only_current += _listed(noun, after - before)
+    if not only_stored and not only_current:
         return "the same operations have other operands or other settings"
-    parts = [("only the checkpoint has", only_there), ("only this run has", only_here)]
+    parts = [("only the checkpoint has", only_stored), ("only this run has", only_current)]
     return "; ".join(f"{owner} {', '.join(entries)}" for owner, entries in parts if entries)
 
 
-def _listed(called: str, surplus: Counter) -> list[str]:
-    texts = [f"{called} {text}" + (f" ({num} times)" if num > 1 else "") for text, num in surplus.items()]
-    left = len(texts) - _MOST
-    return texts if left <= 0 else [*texts[:_MOST], f"{left} more like that"]
+def _listed(noun: str, surplus: Counter) -> list[str]:
+    texts = [f"{noun} {text}" + (f" ({num} times)" if num > 1 else "") for text, num in surplus.items()]
+    left = len(texts) - _MAX_LISTED
+    return texts if left <= 0 else [*texts[:_MAX_LISTED], f"{left} more like that"]
 
 
 class _Hasher:

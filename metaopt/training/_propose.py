@@ -59,7 +59,7 @@ def propose(
 
     Args:
       estimator: the estimator for one task. Make it from `spaces.constrain(problem, space)`, so that every candidate
-        lies inside its space. Only its `value` is used, from a fresh start and in its first estimate. For a rule that
+        lies inside its space. Only the `value` of its first estimate from a fresh start is used. For a rule that
         carries training between estimates, this is F after its first window, so use a rule of whole runs such as
         `hypergrad.unrolled`. With `hypergrad.over_seeds(rule, S)`, each candidate is the mean of S runs. With
         `hypergrad.over_tasks(rule)`, one λ is chosen for a batch of tasks.
@@ -69,22 +69,22 @@ def propose(
         By default, it is the spread of the prediction if its predictor was made with `spread`, and otherwise 0.5.
       rounds: the number of rounds, at least 1; K · rounds runs in all.
       space: the space of λ. A start in natural units is converted to the estimator's coordinates, and the result is in
-        natural units. Without it, the start must be a λ as the estimator takes it, and so is the result.
+        natural units. Without it, the start must be in the estimator's coordinates, and the result is in them too.
       chunk: the number of runs that train at once, by vmap. By default all K do, with the memory of K runs.
 
     Returns:
       `(key, hyperparams, task) -> Proposed`. Its fields are `hyperparams`, the candidate with the smallest F; `value`
       [], its F; `values` [rounds · K], F of every candidate, round by round; and `index` [], the place of `value` in
       `values`, where 0 is the start. A λ with non-finite F is the best only if F is finite nowhere; then it is the
-      start. If F is a mean over tasks or seeds, a λ with more non-finite ones than another λ is not the best. Of equal
-      values the first one is the best.
+      start. If F is a mean over tasks or seeds, a λ with more non-finite tasks or seeds than another λ is not the best.
+      Of equal values the first one is the best.
 
     Raises:
       ValueError: if the task has labels outside its classes, or a number of `spread` that is not traced is negative,
         infinite or NaN.
       ValueError: at trace time, if the start does not fit `space`, or `spread` does not fit the start.
-      ValueError: at trace time, if `space` is not the problem's, or is missing and a start in natural units meets an
-        estimator in unconstrained coordinates.
+      ValueError: at trace time, if `space` is not the problem's. Also if `space` is missing, the start is in natural
+        units, and the estimator takes unconstrained coordinates.
 
     Source: Rubinstein, The cross-entropy method, 1999, https://doi.org/10.1023/A:1010091220143; for the weights,
       Hansen, The CMA evolution strategy: a tutorial, 2016, https://arxiv.org/abs/1604.00772 (without negative weights).

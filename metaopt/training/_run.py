@@ -53,7 +53,7 @@ def newest_loss(run: Run, eval_every: int) -> float:
 
 
 def is_among_best(run: Run, eval_every: int, num: int) -> bool:
-    """Whether this step was evaluated, and its loss is one of the smallest of all steps but the first."""
+    """Whether this step was evaluated, and its loss is among the `num` smallest; the initial λ does not count."""
     loss = newest_loss(run, eval_every)
     return loss < math.inf and loss in sorted(run.evaluations[1:], key=lambda x: (math.isnan(x), x))[:num]
 
@@ -106,10 +106,10 @@ def save(
     """
     lists = {"history": columns(run), "evaluations": np.array(run.evaluations, np.float64)}
     described = None if tasks is None else _described(tasks)
-    again = described == _described(run.state.tasks)
+    tasks_are_redrawn = described == _described(run.state.tasks)
     extra = {"drawn": run.drawn, "metrics": list(run.history), "num_evaluations": len(run.evaluations)}
-    extra |= {"tasks": described, "tasks again": again, "program": program}
-    state = run.state._replace(tasks=()) if again else run.state
+    extra |= {"tasks": described, "tasks again": tasks_are_redrawn, "program": program}
+    state = run.state._replace(tasks=()) if tasks_are_redrawn else run.state
     checkpoints.save(run.step, (state, run.best_hyperparams, lists), extra, loss)
 
 
@@ -139,9 +139,10 @@ def resumed(saved: Saved, state: LearnerState, hyperparams: base.HyperParams, ta
             )
     history = {name: np.empty(saved.step) for name in saved.extra["metrics"]}
     lists = {"history": history, "evaluations": np.empty(saved.extra["num_evaluations"])}
-    again = saved.extra["tasks again"]
-    state, best_hyperparams, lists = saved.tree((state._replace(tasks=()) if again else state, hyperparams, lists))
-    if again:
+    tasks_are_redrawn = saved.extra["tasks again"]
+    state = state._replace(tasks=()) if tasks_are_redrawn else state
+    state, best_hyperparams, lists = saved.tree((state, hyperparams, lists))
+    if tasks_are_redrawn:
         state = state._replace(tasks=owned(tasks))
     history = {name: column.tolist() for name, column in lists["history"].items()}
     evaluations = lists["evaluations"].tolist()
@@ -169,15 +170,15 @@ def check_program(saved: Saved, program: dict[str, Any], *, allow_changed: bool)
         )
         return
     parts = {"outer step": "step", "initial state": "init"}
-    texts = {which: _program.differences(stored[part], program[part]) for which, part in parts.items()}
+    texts = {name: _program.differences(stored[part], program[part]) for name, part in parts.items()}
     if not any(texts.values()):
         return
-    which, difference = next((which, text) for which, text in texts.items() if text)
+    program_name, difference = next((name, text) for name, text in texts.items() if text)
     if allow_changed:
-        _log.warning(f"The program of the {which} changed after step {saved.step}: {difference}.")
+        _log.warning(f"The program of the {program_name} changed after step {saved.step}: {difference}.")
         return
     raise ValueError(
-        saved.refusal(f"the program of the {which} differs: {difference}")
+        saved.refusal(f"the program of the {program_name} differs: {difference}")
         + " `allow_changed_program=True` continues with the changed program."
     )
 

@@ -73,7 +73,7 @@ def shard(estimator: base.Estimator, mesh: Mesh, axis_name: str = "tasks") -> ba
             estimate, state = local_estimate(hyperparams, task, state)
             return _combined(estimate, axis_name), state
 
-        # No check of varying axes: with it, a gradient in λ taken inside would already be summed over devices.
+        # Why `check_vma=False`: with this check, JAX would already sum a gradient with respect to λ over the devices.
         mapped = jax.shard_map(
             combined,
             mesh=mesh,
@@ -139,7 +139,7 @@ class _Shares:
     """How a batch of B tasks is padded to D devices with ⌈B / D⌉ slots each; the real tasks of a device come first."""
 
     sizes: np.ndarray  # [D] the number of real tasks of each device
-    sources: np.ndarray  # [slots of all devices] the task in each slot; padding has any task
+    sources: np.ndarray  # [slots of all devices] the task in each slot; a padded slot has an arbitrary task
     slots: np.ndarray  # [B] the slot of each task
 
 
@@ -152,16 +152,24 @@ def _shares(num_tasks: int, num_devices: int) -> _Shares:
 
 
 def _each_batch(function: Callable, batches: base.PyTree, *trees: base.PyTree) -> base.PyTree:
-    """Applies `(batch, *leaves) -> leaf` to every leaf of the subtrees that belong to a batch."""
+    """Applies `function(batch, *leaves)` to the leaves of `trees`. Each leaf of `batches` goes with a whole subtree."""
     return jax.tree.map(lambda batch, *subtrees: jax.tree.map(partial(function, batch), *subtrees), batches, *trees)
 
 
 def _on_real_tasks(estimate_fn: Callable, shapes: base.Estimate, shares, axis_name, hyperparams, task, state):
-    """The estimate on the real tasks of this device, with one branch for each number of them. Padding never runs."""
+    """The estimate on the real tasks of this device. Each number of real tasks has its own branch, without padding.
+
+    For example, 5 tasks on 2 devices take 3 slots on each device, and the last slot is padded. `sizes` is [[3], [2]],
+    so `patterns` is [[2], [3]] and `branch` is [1, 0]. Device 0 runs the branch for 3 tasks. Device 1 runs the branch
+    for 2 tasks, on its first two slots. Its third slot keeps its state, and is not done. So all branches return the
+    same shapes.
+
+    A device without real tasks returns zeros. Its "num_finite" is then 0, so it has no weight in `_combined`.
+    """
     sizes = np.stack([share.sizes for share in jax.tree.leaves(shares)], axis=1)  # [D, batches]
     patterns, branch = np.unique(sizes, axis=0, return_inverse=True)
 
-    def of_sizes(pattern, hyperparams, task, state):
+    def estimate_with_sizes(pattern, hyperparams, task, state):
         sizes = jax.tree.unflatten(jax.tree.structure(shares), pattern.tolist())
         padded_done = jax.tree.map(lambda share: jnp.zeros(share.sources.size // len(share.sizes), bool), shares)
         if not pattern.any():
@@ -175,9 +183,9 @@ def _on_real_tasks(estimate_fn: Callable, shapes: base.Estimate, shares, axis_na
 
         return estimate._replace(done=refilled(estimate.done, padded_done)), refilled(new_state, state)
 
-    branches = [partial(of_sizes, pattern) for pattern in patterns]
-    which = jnp.asarray(branch.ravel())[jax.lax.axis_index(axis_name)]
-    return jax.lax.switch(which, branches, hyperparams, task, state)
+    branches = [partial(estimate_with_sizes, pattern) for pattern in patterns]
+    branch_index = jnp.asarray(branch.ravel())[jax.lax.axis_index(axis_name)]
+    return jax.lax.switch(branch_index, branches, hyperparams, task, state)
 
 
 def _with_tasks(sizes: base.PyTree, batches: base.PyTree) -> base.PyTree:

@@ -44,7 +44,7 @@ class Steps:
         return self.tasks
 
     def drawn_for(self, step: int) -> base.PyTree:
-        """The tasks of a step, as `draw` returns them. Those of the next call stay as they are."""
+        """The tasks of a step, as `draw` returns them. `self.tasks`, which the next call uses, does not change."""
         return self.tasks if step == self.drawn else _processes.in_all(_draw, self.sampler, self.sample_key, step)
 
     def first(self, report: Report) -> Run:

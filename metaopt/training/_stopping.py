@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
     def __reduce__(self):
-        return type(self), (str(self),)  # to another process without the result, whose arrays may lie on a device
+        return type(self), (str(self),)  # pickles it without `result`, whose arrays may be on a device
 
 
 class Terminated(SystemExit):

@@ -1,4 +1,8 @@
-"""Composable optax transforms: any transform differentiable at zero gradients, and transforms with more to tune."""
+"""Composable optax transforms.
+
+`differentiable` makes any transform differentiable at zero gradients. The others have more hyperparameters to tune than
+those of optax.
+"""
 
 from metaopt.transforms._accumulation import (
     learnable_accumulation,

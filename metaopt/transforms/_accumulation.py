@@ -29,10 +29,10 @@ def learnable_accumulation(
 
         m_k ← β_k m_k + g,    u = Σ_k w_k m_k
 
-    or, with `average`, m_k ← β_k m_k + (1 − β_k) g. With one decay this is `optax.trace` (`optax.ema` without
-    debiasing). With several decays it is aggregated momentum, whose fast members damp the oscillations of the slow one.
-    It is differentiable in β and w in both modes. Their ranges are not checked: `spaces.interval(0, 1, shape=(K,))` and
-    `spaces.simplex(K)` keep them in range.
+    or, with `average`, m_k ← β_k m_k + (1 − β_k) g. With one decay this is `optax.trace` (with `average`, `optax.ema`
+    without debiasing). With several decays it is aggregated momentum: the momenta with small β damp the oscillations of
+    the momentum with the largest β. It is differentiable in β and w in both modes. Their ranges are not checked:
+    `spaces.interval(0, 1, shape=(K,))` and `spaces.simplex(K)` keep them in range.
 
     Takes K times the memory of the parameters.
 
@@ -63,7 +63,8 @@ def learnable_accumulation(
     """
     if weights is not None and np.shape(weights) != np.shape(decays):
         raise ValueError(
-            f"`weights` must be one for each of `decays`; got shapes {np.shape(weights)} and {np.shape(decays)}."
+            "`weights` must have one entry for each of `decays`; got shapes "
+            f"{np.shape(weights)} and {np.shape(decays)}."
         )
     beta = jnp.asarray(decays)
     weight = jnp.full(beta.shape, 1 / len(beta)) if weights is None else jnp.asarray(weights)

@@ -21,7 +21,7 @@ def learnable_clip(
 
         u = g · (1 + (‖g‖/c)^p)^(−1/p),
 
-    which is shorter than both ‖g‖ and c, tends to the minimum for p → ∞, and has a derivative in c at every step.
+    whose norm is below both ‖g‖ and c. It tends to the minimum for p → ∞, and has a derivative in c at every step.
 
     Without a `sharpness` the values are those of `optax.clip_by_global_norm`, in float32 and float64. Norms of
     half-precision updates are computed in float32. At g = 0 the derivative in g is 1, and in c it is 0.

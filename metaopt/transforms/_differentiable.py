@@ -19,16 +19,18 @@ import optax
 from metaopt import _jaxpr
 from metaopt._jaxpr import Literal, SymbolicZero
 
-# A slope above this at an exact zero results from an ε in a denominator, at an entry without a gradient.
+# If 0 / y has a slope 1/|y| above this limit, we assume that y is the ε of an optimizer, at an entry without a
+# gradient.
 _STEEP = 1e3
 
 
 def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bool) -> Callable:
-    """`operation`, with the derivative `rule(operands, tangents, output)`, or zero if it is singular.
+    """Returns `operation` with the derivative `rule(operands, tangents, output)`, or zero where `singular` is true.
 
-    If it is singular, the output is a constant, and the rule is evaluated at ones with tangents of zero. So its own
-    derivatives are finite too, even if a scan that is differentiated in reverse does not keep the rule. (A power
-    between 1 and 2 has an infinite second derivative at zero, which is unchanged.) A tangent known to be zero is None.
+    At a singular point the output is a constant. The rule is then evaluated at operands of one with tangents of zero,
+    so the derivatives of the rule itself are finite, too. This also holds within a scan that is differentiated in
+    reverse, which does not keep the rule. (A power between 1 and 2 has an infinite second derivative at zero. This is
+    unchanged.) The rule gets None for a tangent that is known to be zero.
     """
     function = jax.custom_jvp(operation)
 
@@ -36,10 +38,10 @@ def _zero_safe(operation: Callable, singular: Callable, rule: Callable, drop: bo
         bad = singular(*primals, drop=drop)
         operands = [jnp.where(bad, jnp.ones_like(x), x) for x in primals]
         output = function(*operands)
-        absent = [isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0 for t in tangents]
-        nonzero = [None if a else jnp.where(bad, 0, t) for a, t in zip(absent, tangents, strict=True)]
+        is_zero = [isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0 for t in tangents]
+        nonzero = [None if zero else jnp.where(bad, 0, t) for zero, t in zip(is_zero, tangents, strict=True)]
         constant = operation(*map(jax.lax.stop_gradient, primals))
-        tangent = jnp.zeros_like(output) if all(absent) else rule(operands, nonzero, output)
+        tangent = jnp.zeros_like(output) if all(is_zero) else rule(operands, nonzero, output)
         return jnp.where(bad, constant, output), tangent
 
     function.defjvp(jvp, symbolic_zeros=True)
@@ -69,21 +71,21 @@ def _integer_pow(operands, tangents, out, *, exponent):
 
 def _pow(operands, tangents, out):
     x, exponent = operands[0], operands[1].astype(operands[0].dtype)
-    by_x, by_y = tangents
-    by_x = None if by_x is None else by_x * exponent * jnp.power(x, exponent - 1)
+    x_tangent, y_tangent = tangents
+    x_tangent = None if x_tangent is None else x_tangent * exponent * jnp.power(x, exponent - 1)
     has_logarithm = x != 0 if jnp.iscomplexobj(x) else x > 0
-    by_y = None if by_y is None else by_y * out * jnp.log(jnp.where(has_logarithm, x, 1))
-    return _sum(by_x, by_y)
+    y_tangent = None if y_tangent is None else y_tangent * out * jnp.log(jnp.where(has_logarithm, x, 1))
+    return _sum(x_tangent, y_tangent)
 
 
 def _div(operands, tangents, out):
-    by_x, by_y = tangents
-    return _sum(by_x, None if by_y is None else -out * by_y) / operands[1]
+    x_tangent, y_tangent = tangents
+    return _sum(x_tangent, None if y_tangent is None else -out * y_tangent) / operands[1]
 
 
 def _mul(operands, tangents, out):
-    (x, y), (by_x, by_y) = operands, tangents
-    return _sum(None if by_x is None else by_x * y, None if by_y is None else x * by_y)
+    (x, y), (x_tangent, y_tangent) = operands, tangents
+    return _sum(None if x_tangent is None else x_tangent * y, None if y_tangent is None else x * y_tangent)
 
 
 def _size(x):
@@ -111,8 +113,8 @@ _RULES: dict[str, tuple[Callable, Callable]] = {
     "cbrt": (lambda x, *, drop: x == 0, _cbrt),
     "pow": (_singular_pow, _pow),
     "div": (_singular_div, _div),
-    # 0 · (1/√0): the derivative itself is infinite. A steep product passes its derivative on, since the exact zero may
-    # be λ itself: a rate, a momentum.
+    # A product is singular only if an operand is not finite, as in 0 · (1/√0). A steep product keeps its derivative,
+    # unlike a quotient: the operand that is exactly zero may be λ itself, such as a rate or a momentum.
     "mul": (lambda x, y, *, drop: ~(jnp.isfinite(x) & jnp.isfinite(y)), _mul),
 }
 
@@ -121,12 +123,12 @@ def _rule_of(equation: Any) -> tuple[Callable, Callable]:
     """The test for a singularity of an operation, and its derivative rule."""
     if equation.primitive.name != "integer_pow":
         return _RULES[equation.primitive.name]
-    exponent = equation.params["y"]  # negative: below the bound x^(exponent − 1) overflows
+    exponent = equation.params["y"]  # negative here; x^(exponent − 1) overflows below the bound
     bound = lambda x, *, drop: jnp.abs(x) <= jnp.finfo(x.dtype).tiny ** (1 / (1 - exponent))
     return bound, functools.partial(_integer_pow, exponent=exponent)
 
 
-def _is_tame(equation: Any) -> bool:
+def _needs_no_rule(equation: Any) -> bool:
     """Whether the derivative is finite and not steep for all operands, as for a product with a small constant."""
     name, invars = equation.primitive.name, equation.invars
     if not jnp.issubdtype(invars[0].aval.dtype, jnp.inexact):
@@ -141,7 +143,7 @@ def _is_tame(equation: Any) -> bool:
 
 def _zero_safe_form(equation: Any, drop: bool) -> Callable | None:
     """The function that replaces the equation, or None if its derivative needs no rule."""
-    if (equation.primitive.name not in _RULES and equation.primitive.name != "integer_pow") or _is_tame(equation):
+    if (equation.primitive.name not in _RULES and equation.primitive.name != "integer_pow") or _needs_no_rule(equation):
         return None
     function = _zero_safe(functools.partial(equation.primitive.bind, **equation.params), *_rule_of(equation), drop)
     return lambda *operands: function(*map(jnp.asarray, operands))
@@ -165,7 +167,8 @@ def differentiable(
     1/√x for x below .0015 and √x below .039. The derivative then lacks that term, and is wrong if the gradient is not
     zero. float32 and bfloat16 have enough range to avoid this.
 
-    Complex parameters are differentiated with JAX's conventions, with the same rules applied to the size of an operand.
+    Complex parameters are differentiated with JAX's conventions. The tests for a singularity then use the absolute
+    value of an operand.
 
     Reverse, forward, nested and batched differentiation work. A `while_loop` inside the transform (a line search) can
     only be differentiated in forward mode, as always in JAX.

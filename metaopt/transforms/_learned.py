@@ -135,8 +135,8 @@ def _network(layers: Mapping[str, Any], features: Sequence[jax.Array], count: ja
     first, *rest = [jax.tree.map(lambda x: x.astype(dtype), layers[str(i)]) for i in range(len(layers))]
     # Features that many entries share (time, rows, columns) are multiplied only once. Dividing the weights by the
     # root mean squares has the same effect as dividing the features.
-    *parts, of_time = jnp.split(first["w"], _ENDS)
-    x = (first["b"] + time @ of_time).reshape(-1, *[1] * (features[0].ndim - 1))
+    *parts, time_weights = jnp.split(first["w"], _ENDS)
+    x = (first["b"] + time @ time_weights).reshape(-1, *[1] * (features[0].ndim - 1))
     for w, feature in zip(parts, features, strict=True):
         inverse = _inverse_root(_mean(feature * feature, tuple(range(1, feature.ndim))))
         x = x + jnp.tensordot(w * inverse.reshape(-1, 1), feature, ((0,), (0,)))
@@ -150,9 +150,10 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
 
     In a chain it replaces Adam and its learning rate: `optax.chain(optax.clip_by_global_norm(1.0), learned())`.
     `optax.scale(0.5)` after it halves its steps. It needs the parameters (`update(grads, state, params)`). It uses the
-    same network for all tensors and ignores the order of their entries (of a matrix: of its rows, and of its columns).
-    Since features are relative to the tensor, it does not depend on the scales of the loss and of the parameters. Its
-    steps are absolute.
+    same network for all tensors. It ignores the order of the entries of a vector, and the orders of the rows and of the
+    columns of a matrix. The features are divided by their root mean squares over the tensor, so steps do not depend on
+    the scale of the loss. Nor do they depend on the scale of the parameters: a step is not relative to the size of its
+    parameter.
 
     It is differentiable in φ and through the training, in both modes, with finite derivatives at zero gradients. It
     takes 4 times the memory of the parameters, in float32 at least, and 3 rows and columns for each matrix. A step
@@ -216,8 +217,12 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
 
         def factors(p):
             shape, axes = jnp.shape(p), _axes(jnp.shape(p))
-            kept = [[1 if axes and i == axis else n for i, n in enumerate(shape)] for axis in (axes or (-1, -1))[::-1]]
-            return {name: jnp.zeros((3, *k), wide(p)) for name, k in zip(("row", "column"), kept, strict=True)}
+            mean_axes = (axes or (-1, -1))[::-1]  # the row's factor is a mean over the column axis, and conversely
+            factor_shapes = [[1 if axes and i == axis else n for i, n in enumerate(shape)] for axis in mean_axes]
+            return {
+                name: jnp.zeros((3, *factor_shape), wide(p))
+                for name, factor_shape in zip(("row", "column"), factor_shapes, strict=True)
+            }
 
         return LearnedState(jnp.zeros([], jnp.int32), zeros(3), zeros(1), jax.tree.map(factors, params))
 
@@ -228,10 +233,10 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
         g, p_ = (jnp.asarray(x, dtype)[None] for x in (g, p))
         square, axes = g * g, _axes(shape)
         m, v = _average(decays["momentum"], m, g), _average(decays["second"], v, square)
-        over = {"row": square, "column": square}
+        new_moments = {"row": square, "column": square}
         if axes is not None:
-            over = {"row": _mean(square, 1 + axes[1]), "column": _mean(square, 1 + axes[0])}
-        factored = {name: _average(decays["factored"], factored[name], over[name]) for name in over}
+            new_moments = {"row": _mean(square, 1 + axes[1]), "column": _mean(square, 1 + axes[0])}
+        factored = {name: _average(decays["factored"], factored[name], new) for name, new in new_moments.items()}
         features = _features(g, p_, m, v, **factored, axes=axes)
         direction, magnitude = _network(learned_weights.layers, features, count)
         u = -_STEP * direction * jnp.exp(_EXPONENT * magnitude)
@@ -292,7 +297,7 @@ def _decode(header: dict[str, Any], file: _files.Npz) -> LearnedWeights:
 
 
 def _tree(leaves: Mapping[str, Any]) -> LearnedWeights:
-    """The weights of leaves with names such as "layers/0/w"."""
+    """Builds the weights from leaves with names such as "layers/0/w"."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/", 3)  # at most one level deeper than φ

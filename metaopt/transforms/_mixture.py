@@ -22,10 +22,11 @@ def _weighted(weight, update):
 @_weighted.defjvp
 def _weighted_jvp(primals, tangents):
     (weight, update), (weight_dot, update_dot) = primals, tangents
-    # At w = 0 the derivative along w is u itself, unless u is not finite. A condition on only w would remove the
-    # derivative of the last term along w, which is the mixed second derivative.
-    broken = (weight == 0) & ~jnp.isfinite(update)
-    by_weight, by_update = jnp.where(broken, 0, update), jnp.where(broken, 0, update_dot)
+    # At w = 0 the derivative in w is u, or zero if u is not finite. If the condition were only `weight == 0`,
+    # `by_update` would be zero there. The derivative of `weight * by_update` in w, the mixed second derivative, would
+    # then be lost.
+    is_excluded = (weight == 0) & ~jnp.isfinite(update)
+    by_weight, by_update = jnp.where(is_excluded, 0, update), jnp.where(is_excluded, 0, update_dot)
     return _weighted(weight, update), weight_dot * by_weight + weight * by_update
 
 
@@ -110,9 +111,9 @@ def _update_apart(member, idle, operands, extra_args):
     evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
     # The compiler merges this evaluation with the one below.
     outputs = filter(_trees.is_float, evaluate(jax.lax.stop_gradient(arguments)))
-    broken = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
-    hold = lambda x: jnp.where(broken, jax.lax.stop_gradient(x), x) if _trees.is_float(x) else x
-    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(hold, arguments)))
+    is_excluded = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
+    stop_if_excluded = lambda x: jnp.where(is_excluded, jax.lax.stop_gradient(x), x) if _trees.is_float(x) else x
+    return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(stop_if_excluded, arguments)))
 
 
 def _is_list_of_numbers(x) -> bool:

@@ -51,8 +51,8 @@ def per_parameter(factory: Callable[..., optax.GradientTransformation]) -> Calla
       A factory with the same arguments, `-> optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: in `init` and `update`, by JAX, if a tree does not fit the parameters. A container that is one value
-        belongs into the factory: `functools.partial(factory, ...)`.
+      ValueError: in `init` and `update`, by JAX, if a tree does not fit the parameters. Bind a container that is one
+        value to the factory: `functools.partial(factory, ...)`.
       ValueError: in `update`, if the update of one group would depend on the gradient or the parameters of another.
 
     >>> import jax, optax
@@ -123,7 +123,10 @@ def per_group(
     def group_of(path):
         matches = [group for group, pattern in (patterns or {}).items() if re.search(pattern, path)]
         if not matches:
-            raise ValueError(f'The parameter {path} fits no pattern of {patterns}; add `"rest": ""`.')
+            raise ValueError(
+                f"The parameter {path} matches no pattern of {patterns}; add the pattern "
+                '`"rest": ""` for all remaining parameters.'
+            )
         return matches[0]
 
     def choose(hyperparams, params):
@@ -135,12 +138,15 @@ def per_group(
         names = list(patterns or dict.fromkeys(jax.tree.leaves(groups)))
         idle = set(names) - set(jax.tree.leaves(groups))
         if idle and jax.tree.leaves(params):
-            raise ValueError(f"The patterns of {sorted(idle)} find no parameter that an earlier one does not.")
+            raise ValueError(
+                f"The patterns of {sorted(idle)} are the first match of no parameter: they match none, or only those "
+                "that earlier patterns match. Change, reorder or remove them."
+            )
         for name, value in hyperparams.items():
             if isinstance(value, Mapping) and set(value) != set(names):
                 raise ValueError(
                     f"The hyperparameter {name} must be one value, or a dict with the groups {names}; got the keys "
-                    f"{list(value)}. A dict that is one value belongs into the factory: `functools.partial`."
+                    f"{list(value)}. Bind a dict that is one value to the factory with `functools.partial`."
                 )
         if not any(isinstance(value, Mapping) for value in hyperparams.values()):
             names, groups = names[:1], jax.tree.map(lambda _: names[0], groups)
@@ -192,7 +198,10 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
 
 
 def _check_uncoupled(optimizer, labels, updates, params, extra_args):
-    """Raises ValueError if a group's update depends on another group's parameters, or, in any step, on its gradient."""
+    """Raises ValueError if a group's update depends on another group.
+
+    It may depend neither on the parameters of the other group, nor on the gradient of the other group at any step.
+    """
     optimizer = optax.with_extra_args_support(optimizer)
     like = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
     grads, params = like(updates), like(updates if params is None else params)

@@ -33,8 +33,8 @@ def knot_schedule(
     Args:
       values: [K].
       num_steps: places K knots at equal distances, the first at step 0 and the last at step `num_steps`. Steps count
-        from 0, so a training run of `num_steps` steps does not take this last step. This is so in the other schedules,
-        too.
+        from 0, so the last step of a training run of `num_steps` steps is `num_steps` − 1. The other schedules count in
+        the same way.
       knots: replaces `num_steps`: [K], the steps that the values belong to, increasing. The order of traced knots is
         not checked.
       monotone: None, "increasing" or "decreasing".
@@ -120,8 +120,8 @@ def cosine_schedule(
 
     Returns:
       A schedule, differentiable in all five numbers. At a whole number of `warmup_steps`, the peak is exactly at one
-        step. The loss after training then has a kink, and the derivative is that of a shorter warmup. Start between two
-        whole numbers, such as 20.5, to tune the warmup.
+        step. The loss after training then has a kink at this length, and the derivative is the one-sided one toward
+        shorter warmups. To tune the warmup, start between two whole numbers, such as 20.5.
 
     Raises:
       ValueError: if the warmup is longer than `num_steps` and neither is traced.
@@ -188,7 +188,10 @@ def wsd_schedule(
 
 
 def _check_lengths(*lengths):
-    """Raises ValueError if warmup and decay, the first two lengths, do not fit into the third; not if one is traced."""
+    """Raises ValueError if the first two lengths, warmup and decay, do not fit into the third.
+
+    It checks nothing if a length is traced.
+    """
     if any(isinstance(x, Tracer) for x in lengths):
         return
     warmup, decay, total = (np.asarray(x, float) for x in lengths)

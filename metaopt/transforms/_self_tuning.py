@@ -4,9 +4,10 @@ The effect of an optimizer step on a loss f is known after the step: with θ_t =
 
     h_t = (∂θ_t/∂λ)ᵀ g_t,    g_t = ∇f(θ_t),
 
-where ∂θ_t/∂λ is either that of only the last step, ∂u_{t−1}/∂λ, or is carried along with training. The next training
-gradient is such a g_t at no extra cost: for the rate of SGD, h_t = −g_t · g_{t−1}. An optimizer of λ, the tuner,
-descends along h. The tuner is any transform, and so may tune itself.
+where ∂θ_t/∂λ is either the derivative of only the last step, ∂u_{t−1}/∂λ, or is carried along with training. If f is
+the training loss, g_t is the next training gradient, which costs nothing extra. For example, for the rate of SGD,
+h_t = −g_t · g_{t−1}. An optimizer of λ, the tuner, descends along h. The tuner is any transform, and so may tune
+itself.
 """
 
 import functools
@@ -44,24 +45,24 @@ def self_tuning(
         rule="normalized":      λ ← λ · exp(tuner(λ h / (‖g_t‖ ‖u_{t−1}‖)))
         rule="cosine":          λ_i ← λ_i · exp(tuner(h_i / (‖g_t‖ ‖∂u_{t−1}/∂λ_i‖)))
 
-    g_t is the gradient of the training or the validation loss at θ_t (see "Which loss"). h_t = (∂u_{t−1}/∂λ)ᵀ g_t
-    states how λ of the last update u_{t−1} changed the loss at θ_t. λ h is the derivative in log λ, so all rules except
-    the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)` as the tuner,
-    they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial choice of β
-    is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
+    g_t is the gradient of the training or the validation loss at θ_t (see "Which loss"). The derivative of this loss
+    with respect to the λ of the last update u_{t−1} is h_t = (∂u_{t−1}/∂λ)ᵀ g_t. λ h is the derivative in log λ, so all
+    rules except the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)` as
+    the tuner, they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial
+    choice of β is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
-    These two rules differ if there is more than one λ. "normalized" follows the gradient in log λ. A λ that moves the
-    parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each λ
-    moves by the cosine of its own effect, independently of the effect's size. Two dtypes limit this. The parameters'
-    dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must represent its
-    square.
+    These two rules differ if λ has more than one entry. "normalized" follows the gradient in log λ. An entry that moves
+    the parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each
+    entry moves by the cosine between g_t and ∂u_{t−1}/∂λ_i, whatever the size of its effect. Two dtypes limit this. The
+    parameters' dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must
+    represent its square.
 
     **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
-    other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But a long
-    step of another λ may be too large for this to help. An example is a problem on which decay helps at every step,
-    such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and further out, and
-    training diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at the start and after
-    each move: λ ← P(λ). It receives all of λ:
+    other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But another
+    entry of λ may have moved so far in one step that this does not help. An example is a problem on which decay helps
+    at every step, such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and
+    further out, and training diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at
+    the start and after each move: λ ← P(λ). It receives all of λ:
 
         lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
         lambda hp: {**hp, "decay": jnp.clip(hp["decay"], 1e-4, 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
@@ -69,13 +70,14 @@ def self_tuning(
     With the second example, a decay removes at most the whole of a parameter in a step. So it cannot move a parameter
     further from zero than it was. If P(λ) = λ, the projection changes nothing.
 
-    Start too small rather than too large, at a hundredth of a guess. With a rate that is too large, a network may be
-    damaged, or may overfit, before λ has come down. From below, λ rises by five decades in about 50 steps. The training
-    loss does not show overfitting: if it goes to zero, following it keeps the rate too large. The best variant
-    (`experiments/results/self_tuning.md`) follows a validation loss, with the weight decay in λ and `rule="cosine"`.
-    Networks overfit on three problems. On two of them, this variant ended with a lower loss than the best constant
-    rate, from either start. It uses the tuners `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay. The
-    decay starts at 0.01 and is kept below 1 / rate by the projection above.
+    Start with a rate that is too small rather than too large: with a hundredth of your guess. A rate that is too large
+    may damage a network, or make it overfit, before λ has become smaller. A rate that is too small rises by five
+    decades in about 50 steps. The training loss does not show overfitting: if the training loss goes to zero, tuning by
+    it keeps the rate too large. The best variant (`experiments/results/self_tuning.md`) follows a validation loss, with
+    the weight decay in λ and `rule="cosine"`. Networks overfit on three problems. On two of them, this variant ended
+    with a lower loss than the best constant rate. It did so from starts at 1/10,000 and at 1/10 of the best rate. It
+    uses the tuners `optax.sgd(0.5)` for the rate and `optax.sgd(2.0)` for the decay. The decay starts at 0.01 and is
+    kept below 1 / rate by the projection above.
 
     **Which loss.** By default g_t is the gradient passed to `update`, which is that of the training loss. This is
     hypergradient descent, without an additional gradient. **In a chain**, put every transform that changes the gradient
@@ -84,29 +86,29 @@ def self_tuning(
     rate grows until training diverges, without an error. Only clipping may stay outside. With a validation loss, the
     place of the transforms makes no difference if μ = γ = 0.
 
-    With the extra argument `valid_grad_fn`, g_t is
-    `valid_grad_fn(params)`, the gradient of the validation loss on a batch that the caller chooses: T1–T2.
-    Alternatively, give `self_tuning` the loss itself as `valid_loss_fn`, and `update` the extra argument `valid_batch`.
-    (For complex parameters, g_t is then the conjugate of JAX's gradient: the direction of ascent.) All members of a
-    chain get the same extra arguments. This costs one more gradient per step; a smaller batch costs less.
+    With the extra argument `valid_grad_fn`, g_t is `valid_grad_fn(params)`, the gradient of the validation loss on a
+    batch that the caller chooses. This is the method T1–T2. Alternatively, give `self_tuning` the loss itself as
+    `valid_loss_fn`, and `update` the extra argument `valid_batch`. (For complex parameters, g_t is then the conjugate
+    of JAX's gradient: the direction of ascent.) All members of a chain get the same extra arguments. This costs one
+    more gradient per step; a smaller batch costs less.
 
-    A `gap` γ adds the gap between the losses with a weight: g_t = ∇f_valid + γ (∇f_valid − ∇f_train). If a network is
-    about to overfit, the gap grows before the validation loss does. On three such problems γ = 1 (with a validation
-    batch twice as large) was better than 0. On two others it was worse, and on the remaining ones the results were
-    mixed.
+    A `gap` γ > 0 adds γ times the difference of the validation and the training loss to the loss that λ minimizes:
+    g_t = ∇f_valid + γ (∇f_valid − ∇f_train). If a network is about to overfit, this difference grows before the
+    validation loss does. On three such problems γ = 1 (with a validation batch twice as large) was better than 0. On
+    two others it was worse, and on the remaining ones the results were mixed.
 
-    **How far back.** One step is short-sighted. It does not see later steps, prefers small rates on noisy gradients,
-    and cannot measure the effect of a small decay over time. With a `discount` μ > 0 the derivative is carried along
-    with training,
+    **How far back.** The derivative of only one step is short-sighted. It omits the effect of λ on later steps, prefers
+    small rates if gradients are noisy, and cannot measure the effect of a small decay over time. With a `discount`
+    μ > 0 the derivative is carried along with training,
 
         Z_t = ∂Φ/∂λ + μ (∂Φ/∂(θ, s)) Z_{t−1},    h_t = Z_tᵀ g_t,    (θ, s)_t = Φ((θ, s)_{t−1}, λ),
 
     with s the optimizer's state. μ = 0 is one step. μ = 1 is the exact derivative of f(θ_t) along an equal shift of all
-    λ so far (of all log λ, except for "additive"). For values between them, steps longer ago than 1/(1 − μ) are
-    forgotten: a short truncation, biased by the forgotten steps. It needs `grad_fn`, `params -> gradient` of this
-    step's training loss. Transforms before this optimizer in a chain, which change gradients, and transforms after it,
-    which change updates, do not enter the derivative. (With μ = 0, `grad_fn` is passed to the optimizer, as other extra
-    arguments are: to `optax.contrib.sam`.)
+    λ so far (of all log λ, except for "additive"). For values between 0 and 1, the derivative forgets steps that are
+    more than about 1/(1 − μ) steps ago. This is a short truncation, biased by the forgotten steps. A `discount` needs
+    the extra argument `grad_fn`, `params -> gradient` of this step's training loss. Transforms before this optimizer in
+    a chain, which change gradients, and transforms after it, which change updates, do not enter the derivative. (With
+    μ = 0, `grad_fn` is passed to the optimizer like other extra arguments, for example to `optax.contrib.sam`.)
 
     **Cost**, with n entries of λ. `mode="forward"` keeps n derivatives of the parameters (if μ > 0, also of the
     optimizer's state), in their precision, and pushes n tangents through the optimizer's operations. With μ > 0 it also
@@ -182,8 +184,8 @@ def self_tuning(
         raise ValueError(f"`discount` must be in [0, 1], and `gap` at least 0; got {discount} and {gap}.")
     if mode == "reverse" and (discount or rule == "cosine"):
         raise ValueError(
-            '`mode="reverse"` has only the last step, and only the total effect of all λ. Use `mode="forward"` for '
-            f'`rule="cosine"` or a `discount`; got `rule={rule!r}` and `discount={discount}`.'
+            '`mode="reverse"` differentiates only the last step, and does not compute ‖∂u/∂λ_i‖ for each entry of λ. '
+            f'Use `mode="forward"` for `rule="cosine"` or a `discount`; got `rule={rule!r}` and `discount={discount}`.'
         )
     _check_values("`hyperparams`", hyperparams, rule)
     settings = Settings(
@@ -203,7 +205,7 @@ def self_tuning(
 
 
 def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
-    """Raises ValueError for values that updates cannot move: infinite ones, or zeros whose logarithm should move."""
+    """Raises ValueError for values that are not finite and real, or not positive although a rule moves logarithms."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if isinstance(leaf, Tracer):
             continue
@@ -257,7 +259,10 @@ def _update(
     grad_fn: Callable | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Updates, SelfTuningState]:
-    """Moves λ along its signal, and then takes a step with it. `checked` has the structures whose λ has an effect."""
+    """Moves λ along its signal, and then takes a step with the new λ.
+
+    `checked` collects the structures of the arguments for which all of λ is known to have an effect on the updates.
+    """
     updates, params = jax.tree.map(jnp.asarray, (updates, params))
     valid_grad_fn = _valid_gradient(settings, valid_grad_fn, valid_batch)
     if grad_fn is not None and not settings.discount:  # an extra argument of the optimizer itself
@@ -371,15 +376,20 @@ def _check_effect(
         )
         leaves = f"The leaves {', '.join(unused)} of λ do not change" if any(unused) else "λ does not change"
         raise ValueError(
-            f"{leaves} the updates. `factory` does not use that part of λ, or its "
-            "optimizer keeps it in its state, as `optax.inject_hyperparams` does. Make the optimizer of "
-            "`hyperparams` itself, as in `lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
+            f"{leaves} the updates. `factory` does not use this part of λ, or its optimizer stores it in its state, as "
+            "`optax.inject_hyperparams` does. Make the optimizer from the argument of `factory`, as in "
+            "`lambda hp: optax.adamw(hp['rate'])`; around `self_tuning`, "
             f"`inject_hyperparams` works.{hint if masked else ''}"
         )
 
 
 def _belongs_to(path: tuple, others: list[tuple]) -> bool:
-    """Whether some end of `path` starts with one of the other paths, or is the start of one."""
+    """Whether a suffix of `path` starts with one of the other paths, or is a prefix of one of them.
+
+    λ may hold a tree of parameters below names of its own: the path of a rate may be ["rate"]["encoder"]["bias"], and
+    that of its parameter ["encoder"]["bias"]. The number of these names is not known, so all suffixes are compared. A
+    suffix is shorter than the parameter's path if one rate is for a subtree.
+    """
 
     def names(path):
         return [jax.tree_util.keystr((key,), simple=True) for key in path]

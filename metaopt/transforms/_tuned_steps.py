@@ -1,4 +1,4 @@
-"""Steps of an optimizer that depend on λ: their derivatives in λ, and the signal h that these give for a loss."""
+"""Steps of an optimizer as functions of λ: their derivatives in λ, and from these the hypergradient h of a loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class SelfTuningState(NamedTuple):
 
 
 def make_optimizer(factory: Callable, hyperparams: base.HyperParams) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for one λ, with a derivative at zero gradients."""
+    """The optimizer for one λ, with finite derivatives at zero gradients."""
     try:
         with _checks.explained_schedules("factory"):
             return differentiable(factory(hyperparams))
@@ -117,11 +117,12 @@ def forward_step(
         out, inner = run(settings.factory, hyperparams, updates, inner, params, extra_args)
         return _trees.split((out, cast_like(inner, state.inner)))
 
-    floats_out, push, rest_out = jax.linearize(advance, *primals, has_aux=True)
-    by_params_out, by_inner_out = jax.vmap(push)(*tangents)
+    floats_out, jvp_fn, rest_out = jax.linearize(advance, *primals, has_aux=True)
+    by_params_out, by_inner_out = jax.vmap(jvp_fn)(*tangents)
     out, inner = _trees.merge(floats_out, rest_out)
     if not settings.discount:
         return out, inner, (by_params_out, None)
+    # `advance` returns u_t, and Z_t belongs to θ_t = θ_{t−1} + u_t, so the part of θ_{t−1}, μ Z_{t−1}, is added.
     return out, inner, (jax.tree.map(jnp.add, by_params, by_params_out), by_inner_out)
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import threadpoolctl
 from sklearn import datasets, metrics
+from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.exceptions import NotFittedError
 from sklearn.mixture import GaussianMixture
 from sklearn.utils.estimator_checks import check_estimator
@@ -92,13 +93,13 @@ def test_rows_outside_the_sample_are_labeled_like_new_rows(shapes):
 
 def test_a_fit_in_a_thread_has_one_thread(monkeypatch):
     """OpenMP adds up the parts of several threads in any order, which may change the last bits of centroids."""
-    cluster, num_threads = _stability.cluster, []
+    fit, num_threads = KMeans.fit, []
 
     def watched(*args, **options):
         num_threads.append({pool["num_threads"] for pool in threadpoolctl.threadpool_info()})
-        return cluster(*args, **options)
+        return fit(*args, **options)
 
-    monkeypatch.setattr(_stability, "cluster", watched)
+    monkeypatch.setattr(KMeans, "fit", watched)
     x = datasets.make_blobs(60, random_state=0)[0]
     before = threadpoolctl.threadpool_info()
     automl.AutoClusterer(3, algorithms="kmeans", n_jobs=2).fit(x)
@@ -191,48 +192,71 @@ def test_stability_is_the_agreement_of_parts_of_the_rows_and_its_reference_that_
     assert measured.k == len(np.unique(labels)) and measured.seconds > 0
 
 
-def test_candidates_share_random_parts_and_normal_rows_with_the_covariance_of_the_table(monkeypatch):
-    calls = []
+@pytest.fixture
+def fits(monkeypatch):
+    """[(model, rows)] of scikit-learn's fits, in their order, without those that a mixture starts with."""
+    calls, running = [], []
 
-    def measure(candidate, z, reference, parts, seed):
-        calls.append((candidate, z, reference, parts, seed))
-        return board(("kmeans", 2, 0.0, 0.0))[0]
+    def watch(kind):
+        fit = kind.fit
 
-    monkeypatch.setattr(_stability, "measure", measure)
+        def watched(model, x, y=None):
+            if not running:
+                calls.append((model, x.copy()))
+            running.append(model)
+            fit(model, x, y)
+            running.pop()
+            return model
+
+        monkeypatch.setattr(kind, "fit", watched)
+
+    for kind in (KMeans, GaussianMixture, AgglomerativeClustering):
+        watch(kind)
+    return calls
+
+
+def num_clusters(model):
+    return model.n_components if isinstance(model, GaussianMixture) else model.n_clusters
+
+
+def test_candidates_share_random_parts_and_normal_rows_with_the_covariance_of_the_table(fits):
     rng = np.random.default_rng(0)
     mixing = np.array([[3.0, 0.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.3]])
-    x = rng.normal(size=(3000, 3)) @ mixing
-    automl.AutoClusterer(4, n_jobs=1, sample_rows=2000).fit(x)
-    assert [call[0] for call in calls] == [_stability.Candidate(a, k) for a in CHOSEN for k in (2, 3, 4)]
-    _, z, reference, parts, _ = calls[0]
-    assert all(call[1] is z and call[2] is reference and call[3] is parts for call in calls)
+    x = rng.normal(size=(600, 3)) @ mixing
+    automl.AutoClusterer(4, n_jobs=1, sample_rows=400).fit(x)
+    # Each candidate clusters the sample, eight parts of it, and the same parts of the reference.
+    calls = [[rows for _, rows in fits[i : i + 17]] for i in range(0, len(fits), 17)]
+    kinds = KMeans, GaussianMixture, AgglomerativeClustering
+    assert [(type(model), num_clusters(model)) for model, _ in fits[::17]] == [(a, k) for a in kinds for k in (2, 3, 4)]
+    assert all([rows.shape for rows in call] == [(400, 3)] + 16 * [(320, 3)] for call in calls)
+    jax.tree.map(np.testing.assert_array_equal, calls, 9 * [calls[0]])
+    z, *tables = calls[0]
     np.testing.assert_allclose(np.cov(z.T), np.diag(z.var(axis=0, ddof=1)), atol=1e-9)  # principal axes
-    assert (np.diff(z.std(axis=0)) < 0).all() and len(z) == 2000
+    assert (np.diff(z.std(axis=0)) < 0).all()
+    position = {tuple(row): i for i, row in enumerate(z)}
+    parts = [[position[tuple(row)] for row in rows] for rows in tables[:8]]
+    assert all(len(set(part)) == 320 for part in parts) and len({tuple(sorted(part)) for part in parts}) == 8
+    reference = np.zeros_like(z)
+    for part, rows in zip(parts, tables[8:], strict=True):
+        reference[part] = rows
+    for part, rows in zip(parts, tables[8:], strict=True):
+        np.testing.assert_array_equal(rows, reference[part])
     np.testing.assert_allclose(reference.std(axis=0), z.std(axis=0), rtol=0.1)
-    assert parts.shape == (8, 1600) and all(len(set(part)) == 1600 for part in parts.tolist())
-    assert len({tuple(sorted(part)) for part in parts.tolist()}) == 8
 
 
-def test_rows_are_predicted_on_the_axes_on_which_they_were_clustered(monkeypatch):
-    clustered = []
-    monkeypatch.setattr(
-        _stability, "measure", lambda c, z, *_: clustered.append(z) or board(("kmeans", 2, 0.0, 0.0))[0]
-    )
+def test_rows_are_predicted_on_the_axes_on_which_they_were_clustered(fits):
     x = np.exp(np.random.default_rng(0).normal(size=(200, 3)))  # skewed: the mean of clipped columns is not 0
     model = automl.AutoClusterer(2, algorithms="kmeans", n_jobs=1).fit(x)
-    np.testing.assert_allclose(model._axes_of(model.encoder_.transform(x)), clustered[0], atol=1e-9)
+    np.testing.assert_allclose(model._axes_of(model.encoder_.transform(x)), fits[0][1], atol=1e-9)
     assert np.abs(model.center_).max() > 0.01
 
 
-def test_no_candidate_has_more_clusters_than_different_rows_or_half_of_a_part(monkeypatch):
-    candidates, counts = _stability.candidates, []
-    monkeypatch.setattr(
-        _stability, "candidates", lambda names, most: counts.append(most) or candidates(names, min(most, 2))
-    )
+def test_no_candidate_has_more_clusters_than_different_rows_or_half_of_a_part(fits):
     few = np.repeat(np.eye(5), 6, axis=0)
     for x, most in ((few, 5), (np.random.default_rng(0).normal(size=(10, 2)), 4), (np.repeat(few, 9, axis=0), 5)):
         automl.AutoClusterer(8, algorithms="kmeans", n_jobs=1).fit(x)
-        assert counts.pop() == most
+        assert {num_clusters(model) for model, _ in fits} == set(range(2, most + 1))
+        fits.clear()
 
 
 def test_noise_of_hdbscan_joins_the_nearest_cluster():
@@ -358,8 +382,8 @@ def fit(x=((0.0, 1.0), (1.0, 0.0)), **options):
 REFUSALS = [
     (lambda: fit(max_clusters=0), "`max_clusters`"),
     (lambda: fit(sample_rows=1), "`sample_rows`"),
-    (lambda: fit(algorithms=("dbscan",)), "`algorithms` may have kmeans, mixture, agglomerative, hdbscan"),
-    (lambda: fit(algorithms=()), "`algorithms` may have kmeans"),
+    (lambda: fit(algorithms=("dbscan",)), "`algorithms` must be one or more of kmeans, mixture, agglomerative"),
+    (lambda: fit(algorithms=()), "`algorithms` must be one or more of kmeans"),
     (lambda: fit([[1.0, 2.0]]), "n_samples = 1"),
     (lambda: fit([1.0, 2.0]), "2D"),
     (lambda: fit(np.zeros((0, 2))), "0 sample"),

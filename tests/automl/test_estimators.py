@@ -1,7 +1,12 @@
 """`AutoClassifier` and `AutoRegressor`: scikit-learn's contract, rows, folds, inputs and predictions."""
 
 import gc
+import importlib
+import os
 import pathlib
+import signal
+import textwrap
+import time
 import warnings
 
 import jax
@@ -15,7 +20,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
 from metaopt import automl, spaces, tasks
-from metaopt.automl import _ensemble, _inputs, _kinds, _network_folds, _rows, _schedule
+from metaopt.automl import _inputs, _network_folds, _rows
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
 NETWORKS = {"network", *(f"network {i}" for i in range(2, 9))}  # of the preset "instant"
@@ -239,38 +244,67 @@ def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
 
 
-def use_workers(monkeypatch):
-    """Without this patch, only tables that take many seconds are fitted in worker processes."""
-    monkeypatch.setattr(_schedule, "_SERIAL_SECONDS", 0)
-    monkeypatch.setattr(_schedule, "_QUICK_SECONDS", 0)
+@pytest.fixture
+def replace_lightgbm(tmp_path, monkeypatch):
+    """Worker processes import the given source instead of lightgbm. This process has already imported lightgbm."""
+    importlib.import_module("lightgbm")
+    monkeypatch.syspath_prepend(tmp_path)  # joblib sets the paths of new workers to those of this process
+    return (tmp_path / "lightgbm.py").write_text
+
+
+@pytest.fixture(scope="module")
+def slow_table():
+    """A table for which LightGBM is expected to take many seconds: only then are models fitted in worker processes."""
+    return datasets.make_classification(800, 10, n_informative=5, n_classes=6, random_state=0)
 
 
 @pytest.mark.once
-def test_a_model_that_kills_its_worker_costs_only_itself(wine, monkeypatch):
-    def die(settings, data):
-        import os
-
-        os._exit(1)
-
-    use_workers(monkeypatch)
-    # No real model ends its process, so one kind is replaced.
-    kinds = {**_kinds.KINDS, "lightgbm": _kinds.KINDS["lightgbm"]._replace(fit=die)}
-    monkeypatch.setattr(_kinds, "KINDS", kinds)
-    model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
-    assert list(model.leaderboard_["model"]) == ["linear"]
+def test_a_model_that_kills_its_worker_costs_only_itself(slow_table, replace_lightgbm):
+    replace_lightgbm("import os\nos._exit(1)")
+    options = QUICK | {"models": ("lightgbm", "extra_trees"), "n_jobs": 2}
+    # Extra trees come first. The last of their 7 folds runs next to LightGBM's first one, dies with it, and runs again.
+    model = automl.AutoClassifier(**options).fit(*slow_table, groups=np.arange(800) % 7)
+    assert list(model.leaderboard_["model"]) == ["extra_trees"]
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
 
 
 @pytest.mark.once
-def test_an_interrupt_ends_the_workers(wine, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+def test_an_interrupt_ends_the_workers(slow_table, replace_lightgbm, tmp_path):
+    source = """
+        import os, pathlib, signal, time
 
-    use_workers(monkeypatch)
-    monkeypatch.setattr(_ensemble, "score", interrupt)  # as Ctrl-C between two members
-    with pytest.raises(KeyboardInterrupt):
-        automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
-    assert _schedule._POOLS[2]._flags.shutdown
+        folder = pathlib.Path(__file__).parent
+        (folder / f"{os.getpid()}.pid").touch()
+        time.sleep(0.2)  # meanwhile, the other workers begin
+        try:
+            (folder / "interrupted").touch(exist_ok=False)
+            os.kill(os.getppid(), signal.SIGINT)  # as Ctrl-C
+        except FileExistsError:
+            pass  # another worker has done it
+        time.sleep(30)
+    """
+    replace_lightgbm(textwrap.dedent(source))
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    options = QUICK | {"models": "lightgbm", "n_jobs": 3}  # not the workers of the test above, if they still exist
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            automl.AutoClassifier(**options).fit(*slow_table)
+    finally:
+        signal.signal(signal.SIGINT, former)
+    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    assert workers
+    limit = time.monotonic() + 10
+    while any(map(is_alive, workers)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_any_seed_of_scikit_learn_is_valid(wine):
@@ -400,7 +434,7 @@ def test_importance_reports_its_progress(capsys):
 
 def test_progress_names_the_metric_and_a_time_limit_that_is_too_short(wine, capsys, caplog):
     automl.AutoClassifier(**QUICK | {"models": ("network",), "time_limit": 0.01, "verbose": True}).fit(*wine[:2])
-    assert "the time limit is too short for any model; network is fitted all the same, in about" in caplog.text
+    assert "the time limit is too short for any model; fitting network anyway, which takes about" in caplog.text
     assert "best model network, score -" in (err := capsys.readouterr().err) and "(minus log_loss)" in err
 
 

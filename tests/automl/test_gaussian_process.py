@@ -50,5 +50,5 @@ def test_a_saved_regressor_predicts_the_same_and_a_classifier_has_no_such_model(
     assert model.score(X, Y) > 0.9
     metaopt.save(tmp_path / "model.npz", model)
     np.testing.assert_allclose(metaopt.load(tmp_path / "model.npz").predict(X), model.predict(X), rtol=1e-12)
-    with pytest.raises(ValueError, match=r"`models` may have network, linear, .*; got gaussian_process"):
+    with pytest.raises(ValueError, match=r"`models` must be among network, linear, .*; got gaussian_process"):
         automl.AutoClassifier(**options).fit(X, Y > 0)

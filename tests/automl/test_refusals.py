@@ -29,7 +29,7 @@ REFUSALS = [
     (predict_frame_without_encoder, "The model has no `encoder`, so it cannot encode the frame"),
     (lambda: fit({"preset": "large"}), "`preset` must be one of instant, balanced, best; got 'large'"),
     (lambda: fit({"eval_metric": "rmse"}), "`eval_metric` must be one of log_loss"),
-    (lambda: fit({"models": ("svm",)}), "`models` may have network, linear"),
+    (lambda: fit({"models": ("svm",)}), "`models` must be among network, linear"),
     (lambda: fit({"time_limit": 0}), "`time_limit` must be positive or None; got 0"),
     (lambda: fit(groups=[1, 2]), "`groups` must have one value for each of the 4 rows"),
     (lambda: fit(groups=[[1, 2]]), r"`groups` must have one value for each of the 4 rows; got the shape \(1, 2\)"),

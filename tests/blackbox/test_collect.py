@@ -1,12 +1,14 @@
 """Collections: the trials depend only on the key, and a failing trial ends no other trial."""
 
 import argparse
+import inspect
 import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zlib
@@ -189,7 +191,7 @@ def test_enqueueing_during_a_collection_does_not_change_earlier_trials(tmp_path,
     records = collect(num_trials=15, store=store, searcher=more, **kwargs)
     assert without_cost(records[:12]) == without_cost(whole[:12]) and records[12].configuration["x"] == -0.1
     # `after` must not be below the number of trials that have run.
-    with pytest.raises(ValueError, match="pass `after`, its number of trials so far, to `enqueue`"):
+    with pytest.raises(ValueError, match=r"pass `enqueue\(after=number of trials so far\)`"):
         collect(num_trials=15, store=store, searcher=blackbox.enqueue(searcher, MINE, after=5), **kwargs)
     # If the searcher ends before `after`, they come next.
     ends = blackbox.enqueue(listener(stop=2), [{"x": 0.25}], after=9)
@@ -539,15 +541,53 @@ def state_of(process):
         return ""
 
 
-def test_ending_children_tolerates_a_thread_that_takes_one(monkeypatch):
-    class Taken(list):
-        """One child waits as long as nobody takes it, and then none does."""
+@pytest.mark.once
+def test_ending_children_tolerates_a_thread_that_takes_one(tmp_path):
+    """Another thread takes the only idle child before the n-th instruction of `end_children`, for all n."""
+    begun, may_end = tmp_path / "begun", tmp_path / "may_end"
+    process_ids, num_left = [], 0
 
-        def __bool__(self):
-            return True
+    def objective(trial, task):
+        begun.touch()
+        while not may_end.exists():
+            time.sleep(1e-3)
+        return os.getpid()
 
-    monkeypatch.setattr(_trials, "_idle", Taken())  # simulates a race of two threads
+    def run():
+        record = _trials.run_isolated(objective, None, base.Record("", {}, status="WAITING"), owner="other")
+        process_ids.append(record.outcome)
+
+    def trace(frame, event, argument):
+        nonlocal num_left
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            num_left -= 1
+            if num_left == 0:
+                thread.start()
+                while not begun.exists() and thread.is_alive():
+                    time.sleep(1e-3)
+        return trace
+
     _trials.end_children("nobody")
+    before = sys.gettrace()
+    may_end.touch()
+    run()
+    # As soon as the child has ended, the other thread starts another one.
+    while len(set(process_ids)) == 1 and len(process_ids) < 1_000:
+        begun.unlink()
+        may_end.unlink()
+        num_left = len(process_ids)
+        thread = threading.Thread(target=run)
+        inspect.currentframe().f_trace_opcodes = True  # Python 3.12 needs it here, too
+        sys.settrace(trace)
+        try:
+            _trials.end_children("nobody")
+        finally:
+            sys.settrace(before)
+            may_end.touch()
+        thread.join()
+    _trials.end_children("nobody")
+    assert len(process_ids) > 9 and len(set(process_ids)) == 2
 
 
 def test_tasks_come_as_any_iterable_and_keys_of_both_kinds():

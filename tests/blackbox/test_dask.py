@@ -66,12 +66,14 @@ class Futures:
 
 @pytest.fixture(autouse=True)
 def _no_dask(monkeypatch):
-    """The names that joblib imports from Dask."""
+    """The names that joblib imports from Dask, and short waits."""
     names = {"distributed": types, "as_completed": lambda *args, **kwargs: Futures(), "sizeof": sys.getsizeof}
     names |= {"funcname": str, "thread_state": None, "_TimeoutError": TimeoutError}
     for name, value in names.items():
         monkeypatch.setattr(joblib_dask, name, value, raising=False)
-    monkeypatch.setattr(_dask, "_EVERY", 0.01)
+    # A hundredth of the seconds between two looks at the number of workers, so that tests need not wait for them.
+    wait = threading.Event.wait
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: wait(self, timeout and timeout / 100))
 
 
 def backend_of(client, seconds=None):

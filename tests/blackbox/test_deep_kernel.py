@@ -114,7 +114,7 @@ def test_without_adaptation_the_posterior_is_that_of_universal_kriging():
     joint = JOINT_AT(model, adapted, jnp.asarray(X[query_rows]), jnp.asarray(X[2:4]))
     marginals = POSTERIOR_AT(model, adapted, jnp.asarray(X[query_rows]))
     np.testing.assert_allclose(joint.mean[:3], marginals.mean, rtol=1e-6)
-    variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
+    variances = np.asarray(joint.variance)[np.asarray(joint.process_index), :3]
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), marginals.std, rtol=1e-5)
 
 

@@ -17,7 +17,6 @@ from metaopt.blackbox import (
     _encoding,
     _meta_search,
     _new_trials,
-    _suggestions,
     _surrogates,
 )
 
@@ -55,6 +54,12 @@ def g():
     return blackbox.train_meta_optimizer(
         make_records(), space=SPACE, candidates=POOL, features={"t0": [1.0], "t1": [2.0]}, num_steps=0, costs=True
     )
+
+
+@pytest.fixture(scope="module")
+def free(g):
+    """`g` without candidates: its suggestions change with every number that they depend on."""
+    return _meta_search.meta_optimizer(g.surrogate, None, SPACE, None)
 
 
 def with_outcomes(trials, best=0.4, **kwargs):
@@ -200,30 +205,50 @@ def test_a_region_with_failures_is_avoided_at_once():
 
 
 @pytest.mark.once
-def test_of_two_thousand_trials_at_most_256_are_read(g, monkeypatch):
-    """Whatever the number of trials: the arrays that are computed with have at most 256 rows."""
-    looked_at, real = [], _suggestions.padded  # the size of arrays is a bound on time, which no result shows
-    monkeypatch.setattr(_suggestions, "padded", lambda x, y: looked_at.append((x, y)) or real(x, y))
+def test_of_two_thousand_trials_the_best_and_the_latest_128_are_read(free):
+    """A suggestion does not depend on the configurations of other trials."""
+    searcher, rng = free.searcher(first=()), np.random.default_rng(1)
+    start = searcher.init(jax.random.key(0), None)
+    # The only good one is the first.
+    y = np.concatenate([[0.1], rng.uniform(1, 2, size=1_999)])
+    x = rng.uniform(size=2_000)
+
+    def suggested(*moved):
+        configurations = [{"x": float(1 - v if i in moved else v), "kind": "a"} for i, v in enumerate(x)]
+        records = [Record("", c, float(v), trial=i) for i, (c, v) in enumerate(zip(configurations, y, strict=True))]
+        return searcher.ask(searcher.tell(start, records)._replace(num_asked=2_000), 1)[0][0].configuration
+
+    best = np.argsort(y)[:128]
+    latest = np.setdiff1d(np.arange(2_000), best)[-128:]
+    others = set(range(2_000)) - {*best, *latest}
+    expected = suggested()
+    assert best[0] == 0 and len(others) == 2_000 - 256 and suggested(*others) == expected
+    for i in (best[0], best[127], latest[0], latest[127]):
+        assert suggested(i) != expected, i
+
+
+@pytest.mark.once
+def test_of_two_thousand_trials_the_latest_costs_are_read_and_none_is_repeated(g):
     searcher, rng = g.searcher(acquisition="ei_per_cost"), np.random.default_rng(0)
     others = [{"x": x, "kind": "a"} for x in rng.uniform(size=50).tolist()]
     many = [Record("", others[i % 50], float(rng.uniform(1, 2)), cost=1.0, trial=i) for i in range(2_000)]
-    state = searcher.tell(
-        searcher.init(jax.random.key(0), None), [*with_outcomes([Record("", POOL[0])], trial=2_001), *many]
-    )
-    trials, state = searcher.ask(state._replace(num_asked=2_002), 3)
-    assert looked_at and max(len(y) for _, y in looked_at) <= 256 and len(state.tried) == 2_001
-    # The only good one is still known, though it is not among the latest; none is repeated.
-    x, y = looked_at[0]
-    np.testing.assert_array_equal(x[y.argmin()], _encoding.encoder(SPACE)(POOL[0]))
-    assert len(y) > 128 and len({tuple(record.configuration.items()) for record in trials}) == 3
+    many = [*with_outcomes([Record("", POOL[0])], trial=2_001), *many]
+    start, asked = searcher.init(jax.random.key(0), None), []
+    # All costs but the latest 64 grow or fall 10⁸-fold with x.
+    for sign in (1, -1):
+        records = [r._replace(cost=1e8 ** (sign * r.configuration["x"])) for r in many[:-64]] + many[-64:]
+        trials, state = searcher.ask(searcher.tell(start, records)._replace(num_asked=2_000), 6)
+        asked.append([record.configuration for record in trials])
+    assert asked[0] == asked[1] and len(state.tried) == 2_001
+    assert len({tuple(configuration.items()) for configuration in asked[0]}) == 6
     state = searcher.tell(state, [Record("", c, 2.0, trial=4_000 + i) for i, c in enumerate(POOL[:-1])])
     (last,), _ = searcher.ask(state._replace(pending={}), 1)
     assert last.configuration == POOL[-1]
 
 
 @pytest.mark.once
-def test_suggest_equals_the_searcher_and_reads_a_few_hundred_of_many_trials(g, monkeypatch):
-    free, rng = _meta_search.meta_optimizer(g.surrogate, None, SPACE, None), np.random.default_rng(0)
+def test_suggest_equals_the_searcher_and_reads_a_few_hundred_of_many_trials(free, monkeypatch):
+    rng = np.random.default_rng(0)
     tried = [{"x": x, "kind": "a"} for x in rng.uniform(size=600).tolist()]
     searcher, completed, real = free.searcher(first=()), [], spaces.from_configuration
     start = searcher.init(jax.random.key(3), None)._replace(num_asked=len(tried))
@@ -357,7 +382,7 @@ def test_inactive_parameters_do_not_enter_the_model_and_a_branch_is_one_place(g)
 
 
 @pytest.mark.once
-def test_a_pruned_trial_counts_with_its_last_outcome_and_not_with_its_cost(g, monkeypatch):
+def test_a_pruned_trial_counts_with_its_last_outcome_and_not_with_its_cost(g):
     searcher = g.searcher()
     (trial,), state = searcher.ask(searcher.init(jax.random.key(0), None), 1)
     pruned = trial._replace(status="PRUNED", outcome=0.3, fidelity=0.5, cost=7.0)
@@ -379,12 +404,20 @@ def test_a_pruned_trial_counts_with_its_last_outcome_and_not_with_its_cost(g, mo
     (tried,) = searcher.tell(state, [both[0], pruned, both[0]]).tried.values()
     assert tried.given_up
     # It does not count as the worst one, as a failed trial does, nor as better than the best completed one.
-    assumed, real = [], _suggestions.padded  # an `ask` shows only its trial, not the outcomes that it assumes
-    monkeypatch.setattr(_suggestions, "padded", lambda x, y: assumed.append(y.tolist()) or real(x, y))
     others = [Record("", POOL[7], 0.5, trial=1), Record("", POOL[8], 0.9, trial=2)]
-    for outcome in (0.6, 0.3):
-        searcher.ask(searcher.tell(state, [pruned._replace(fidelity=1.0, outcome=outcome), *others]), 1)
-    np.testing.assert_allclose(assumed, [[0.1, 0.0, 0.4], [0.0, 0.0, 0.4]], atol=1e-9)
+    start = searcher.init(jax.random.key(0), None)._replace(num_asked=3)
+
+    def next_trials(**ended):
+        """The trials after each possible first one."""
+        first = [Record("", c, seed=1, **ended) for c in POOL if c not in (POOL[7], POOL[8])]
+        return [searcher.ask(searcher.tell(start, [one, *others]), 1)[0][0].configuration for one in first]
+
+    same = [("PRUNED", 0.6, 0.6), ("PRUNED", 0.3, 0.5)]
+    for status, outcome, counted_as in same:
+        pruned = next_trials(status=status, outcome=outcome)
+        assert pruned == next_trials(outcome=counted_as)
+        assert pruned not in (next_trials(outcome=counted_as + d) for d in (-0.2, 0.2))
+        assert pruned != next_trials(status="FAIL")
 
 
 @pytest.mark.once

@@ -8,7 +8,7 @@ import pytest
 import metaopt
 from metaopt import blackbox, spaces
 from metaopt.base import Record
-from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _programs, _surrogates, _transformer
+from metaopt.blackbox import _fit_networks, _meta_search, _new_trials, _surrogates, _transformer
 
 SPACE = {"x": spaces.interval(0.0, 1.0)}
 LINE = [{"x": float(x)} for x in np.linspace(0, 1, 21)]
@@ -142,16 +142,23 @@ def test_a_batch_does_not_repeat_running_trials(g):
 
 
 @pytest.mark.slow
-def test_of_many_trials_the_best_and_the_latest_are_read(g, monkeypatch):
-    shapes = []  # the arrays that are read: their size is a bound on time, which no result shows
-    read_trials = _transformer.read_trials
-    monkeypatch.setattr(
-        "metaopt.blackbox._transformer.read_trials", lambda *args: shapes.append(args[1][0].shape) or read_trials(*args)
-    )
+def test_of_many_trials_the_best_and_the_latest_are_read(g):
+    """A suggestion does not depend on the configurations of other trials."""
     h = rebuilt(g)
     many = np.random.default_rng(0).uniform(size=100)
-    h.suggest([{"x": float(x)} for x in many], [loss({"x": x}, 0.4) for x in many])
-    assert shapes[-1] == (16, 1)  # the number of trials in its training, padded
+    y = np.array([loss({"x": x}, 0.4) for x in many])
+
+    def suggested(*moved):
+        tried = [{"x": float(1 - x if i in moved else x)} for i, x in enumerate(many)]
+        return h.suggest(tried, y)
+
+    read = _new_trials.best_and_latest(y, h.surrogate.max_shown)
+    assert len(read) == h.surrogate.max_shown <= 16
+    assert suggested(*set(range(100)) - set(read)) == suggested()
+    assert np.mean([suggested(i) != suggested() for i in read]) > 0.5
+    # The number of trials in its training, padded.
+    arrays = _new_trials.shown_to_transformers(many[:, None], y, h.surrogate.max_shown)
+    assert [array.shape for array in arrays] == [(16, 1), (16,), (16,)]
     np.testing.assert_array_equal(_new_trials.best_and_latest(np.array([5, 1, 4, 2, 3, np.nan]), 4), [1, 3, 4, 5])
 
 
@@ -205,20 +212,30 @@ def test_predicted_outcomes_are_conditional_on_success_and_finite_at_certain_fai
 
 
 @pytest.mark.slow
-def test_at_most_as_many_trials_are_read_as_in_training_and_diverged_ones_are_clipped(untrained, monkeypatch):
-    h, shown_trials = untrained, []
+def test_at_most_as_many_trials_are_read_as_in_training_and_diverged_ones_are_clipped(untrained):
+    """Predictions depend on the best three trials, the last failed one and the latest three others."""
+    h, everywhere = untrained, rebuilt(untrained)
     assert h.surrogate.max_shown == 7
-    real = _new_trials.shown_to_transformers
-    keep = lambda *args: shown_trials.append(real(*args)) or shown_trials[-1]
-    monkeypatch.setattr(_programs, "shown_to_transformers", keep)  # no result shows which trials are read
     y = [3.3, 3.1, 3.2, 3.5, 3.6, 3.0, np.nan, 3.4, 3.6, 3.4, 1e6, 3.9]
-    near = h.outcomes(LINE, tried=LINE[:12], outcomes=y)
-    h.suggest(LINE[:12], y)
-    for _, shown, mask in shown_trials:
-        shown = np.asarray(shown)[np.asarray(mask) > 0]
-        assert len(shown) == 7 and np.isnan(shown).sum() == 1 and np.nanmax(shown) < np.nanmin(shown) + 4
-    far = h.outcomes(LINE, tried=LINE[:12], outcomes=np.where(np.array(y) == 1e6, 1e9, y))
+
+    def read_by(function):
+        """The trials whose configurations change the result."""
+        moved = [[*LINE[:i], {"x": 0.93}, *LINE[i + 1 : 12]] for i in range(12)]
+        return [i for i in range(12) if function(moved[i]) != function(LINE[:12])]
+
+    read = read_by(lambda tried: h.outcomes(LINE, tried=tried, outcomes=y).mean.tolist())
+    assert read == [1, 2, 5, 6, 9, 10, 11]
+    # A maximum does not change with every trial that is read.
+    read_for_suggestions = read_by(lambda tried: everywhere.suggest(tried, y))
+    assert set(read_for_suggestions) <= set(read) and len(read_for_suggestions) > 3
+    limit = 3.0 + 2 * float(np.exp(h.surrogate.log_scales.max()))  # twice the largest scale of earlier tasks
+    near, far, at_limit, below = (
+        h.outcomes(LINE, tried=LINE[:12], outcomes=np.where(np.array(y) == 1e6, diverged, y))
+        for diverged in (1e6, 1e9, limit, limit - 0.3)
+    )
     np.testing.assert_allclose(near.quantiles, far.quantiles, rtol=1e-3)
+    np.testing.assert_allclose(near.mean, at_limit.mean, rtol=1e-9)
+    assert limit < 3.0 + 4 and np.abs(near.mean - below.mean).max() > 1e-4
 
 
 def test_best_and_latest_selects_trials_and_outliers_are_clipped():

@@ -163,7 +163,7 @@ def at_fidelities(*fidelities):
 
 RECORD = r"`records\[1\]`"
 NEW_TASK = "`new_task` must be a `base.Task` .*, or None; got "
-PATH = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* of what `tasks.prepare` returns\."
+PATH = r"`scaling.transform\(tasks.metafeatures\(table\), clip=3.0\)`, .* `tasks.to_task\(tasks.prepare\(table\), "
 REFUSALS = [
     # Collections.
     (lambda: collect(num_trials=math.inf), "`num_trials` must be finite; got inf"),
@@ -175,7 +175,7 @@ REFUSALS = [
     (lambda: blackbox.bohb(reduction_factor=1), "`reduction_factor` must be at least 2; got 1"),
     (lambda: blackbox.asha(reduction_factor=1), "`reduction_factor` must be at least 2, .* got 1, 1 and 4"),
     (lambda: blackbox.asha(num_brackets=5), "`num_brackets` in 1..`num_rungs`; got 3, 5 and 4"),
-    (ask_for_budgets_twice, "`searcher` asks for a fidelity of 0.333333"),
+    (ask_for_budgets_twice, "`searcher` proposed a trial at fidelity 0.333333"),
     (
         lambda: tell_another_fidelity(curve_searcher().searcher(), 0.2501),
         r"fidelity must be one of .*\[0.25, 0.5, 1.0\], .*; got 0.2501 for trial 0",
@@ -192,7 +192,7 @@ REFUSALS = [
     (tpe_of_a_simplex, "belongs to a simplex, which cannot be converted"),
     (
         lambda: trained().searcher().init(KEY, SPACE | {"x": spaces.interval(0.0, 2.0)}),
-        "another space .other leaves, bounds or labels",
+        "not the space of this searcher .leaves, bounds or labels differ",
     ),
     (lambda: trained().searcher(first=[{"x": 2, "kind": "a"}]), "`x` must be between 0.0 and 1.0; got 2"),
     (lambda: trained().searcher(acquisition="best"), "`acquisition` must be one of"),
@@ -237,7 +237,7 @@ REFUSALS = [
     ),
     (
         lambda: train_searcher([r._replace(configuration={"kind": "c", "x": 0.5}) for r in RECORDS]),
-        "none is a candidate; .* The first one has {'kind': 'c'}",
+        "No record can be a candidate: .* The first record has {'kind': 'c'}",
     ),
     # Data of tasks.
     (lambda: train_on_datasets(t1=None), "`datasets` lacks 1 of the records' tasks, such as 't1'"),
@@ -246,7 +246,7 @@ REFUSALS = [
     (lambda: train_on_datasets(t1=(np.zeros(3), np.zeros(3))), "x of two or more axes.*'t1' has a tuple"),
     (
         lambda: train_on_datasets(t1=([["red", 1.0]] * 12, TABLE.y)),
-        "x must be numbers .*'red'.* Encode texts and dates by",
+        "x must be numeric .*'red'.* Encode texts and dates with",
     ),
     (lambda: train_on_datasets(t1=(TABLE.x, np.full(12, np.nan))), "y must be finite; 12 of 12"),
     (lambda: train_on_datasets(t1=(TABLE.x, TABLE.y[1:])), "meta-features need x .* y .rows."),
@@ -331,7 +331,7 @@ REFUSALS = [
     ),
     (lambda: to_hpob(CORNER._replace(status="FAIL"), CORNER._replace(fidelity=0.5)), "it has none"),
     (lambda: openml(RMSE | {"value": 0.5}), "of 'root_mean_squared_error', for which smaller is better. Pass `higher"),
-    (lambda: openml(RUN), "The value of run 7 is 37.2, .* say `higher_is_better`, True or False"),
+    (lambda: openml(RUN), "Run 7 has the value 37.2. .* Pass `higher_is_better=True` or `False`"),
     (
         lambda: openml(RMSE, RUN | {"function": "predictive_accuracy"}, higher_is_better=False),
         r"values of one function; got \['predictive_accuracy', 'root_mean",
@@ -344,9 +344,9 @@ REFUSALS = [
     ),
     (
         lambda: to_optuna(*RECORDS[:2], direction="maximize"),
-        "Outcomes are minimized, so that `direction` cannot be given",
+        "`direction` is not allowed, because outcomes are always minimized",
     ),
-    (lambda: to_optuna(*RECORDS), r"of one task; got records of \['t0', 't1'\]"),
+    (lambda: to_optuna(*RECORDS), r"of one task, because an Optuna study has one; got \['t0', 't1'\]"),
     (
         lambda: to_optuna(*at_fidelities(1e-10), space=LINE),
         "has the fidelity 1e-10, less than a billionth of the full budget",
@@ -384,13 +384,13 @@ REFUSALS = [
         lambda: blackbox.best_records(NAMED_OUTCOMES[:3], ["a", "z"]),
         "trial of task 't0' lacks the outcomes 'z'; it has 'a', 'b', 'c'. Correct the names, let the objective return",
     ),
-    (lambda: blackbox.best_records(RECORDS), r"`records` must be of one task, .*; got \['t0', 't1'\]"),
+    (lambda: blackbox.best_records(RECORDS), r"`records` must all be of one task, .*; got the tasks \['t0', 't1'\]"),
     (
         lambda: trained_on_two().suggest(POOL[:2], [{"a": 0.1, "b": 0.2}, {"a": 0.1, "B": 0.2}]),
         r"`outcomes\[1\]` lacks 'b'; it has 'a', 'B'. Give NaN for an unknown outcome",
     ),
-    (lambda: sample_two_objectives(trained()), "study has 2 objectives, and the meta-optimizer 1: train it with"),
-    (lambda: sample_two_objectives(trained_on_two(), 3), "study has 3 objectives, and the meta-optimizer 2"),
+    (lambda: sample_two_objectives(trained()), "study has 2 objectives, but the meta-optimizer .* with 1. Train it"),
+    (lambda: sample_two_objectives(trained_on_two(), 3), "study has 3 objectives, but the meta-optimizer .* with 2"),
     (
         lambda: sample_two_objectives(trained_on_two(c=0.5)),
         r"Trial 0 has the constraints \[\]; the meta-optimizer was trained with \['c'\]. Give .* `constraints_func`",

@@ -191,11 +191,11 @@ def test_the_improvement_of_a_batch_by_one_more_trial_equals_that_of_samples():
     np.testing.assert_allclose(joint.log_weights, mixture.log_weights, rtol=1e-6)
     np.testing.assert_allclose(joint.mean[:3], mixture.mean, rtol=1e-6)
     np.testing.assert_allclose(joint.variance, np.diagonal(joint.covariance, axis1=1, axis2=2), atol=1e-9)
-    variances = np.asarray(joint.variance)[np.asarray(joint.kind), :3]
+    variances = np.asarray(joint.variance)[np.asarray(joint.process_index), :3]
     np.testing.assert_allclose(np.sqrt(variances.T) * np.asarray(joint.scales), mixture.std, rtol=1e-4)
     rng, num = np.random.default_rng(0), 100_000
     ks = rng.choice(len(joint.scales), num, p=np.exp(np.asarray(joint.log_weights, np.float64)))
-    chol = np.linalg.cholesky(np.asarray(joint.covariance) + 1e-9 * np.eye(5))[np.asarray(joint.kind)[ks]]
+    chol = np.linalg.cholesky(np.asarray(joint.covariance) + 1e-9 * np.eye(5))[np.asarray(joint.process_index)[ks]]
     y = np.asarray(joint.mean)[:, ks].T + np.asarray(joint.scales)[ks, None] * np.einsum(
         "nij,nj->ni", chol, rng.normal(size=(num, 5))
     )

@@ -18,7 +18,7 @@ def joined(**changes):
 REFUSALS = [
     (lambda: joined(scores=ONE.scores), ValueError, "The method 'a' is in both"),
     (lambda: joined(higher_is_better=False), ValueError, "one has accuracies and the other errors"),
-    (lambda: joined(score="other"), ValueError, "`score` is 'accuracy' and the other's 'other'"),
+    (lambda: joined(score="other"), ValueError, "their scores are 'accuracy' and 'other'"),
     (lambda: joined(num_ways={"u": WAYS["u"]}), ValueError, r"same sources; got `num_ways` of \['u', 'v'\] and"),
     (lambda: joined(marks=WAYS), ValueError, "same sources; got `marks` of"),
     (lambda: joined(num_shots={**WAYS, "u": WAYS["u"] - [0, 0, 1]}), ValueError, "source 'u' .* `num_shots` differ"),

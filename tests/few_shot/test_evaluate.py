@@ -318,7 +318,7 @@ def test_scores_with_other_arguments_are_other_scores():
         higher_is_better=False,
     )
     assert sorted(evaluation.join_evaluations(judge("a", 1), judge("b", 1)).scores) == ["a", "b"]
-    with pytest.raises(ValueError, match=r"`score` is 'error\(power=1\)' and the other's 'error\(power=4\)'"):
+    with pytest.raises(ValueError, match=r"their scores are 'error\(power=1\)' and 'error\(power=4\)'"):
         evaluation.join_evaluations(judge("a", 1), judge("b", 4))
 
 

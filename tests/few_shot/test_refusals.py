@@ -211,7 +211,7 @@ REFUSALS = [
     ),
     (
         lambda: few_shot.adaptation(loss, rule=functools.partial(hypergrad.reptile, num_steps=2)),
-        "Pass `num_steps` to the method and not to its `rule`",
+        "Pass `num_steps` to the method, which passes it on to its `rule`",
     ),
     (lambda: few_shot.imaml(loss, proximal=0.0), "`proximal` must be positive"),
     # Leaves.

@@ -47,15 +47,22 @@ def compared(kind, point, change):
 
 def test_a_wrong_hypergradient_fails():
     point = point_of(UNROLLED)
-    for change, status in (
-        (lambda h: 1.01 * h, "wrong"),
-        (np.zeros_like, "dead"),
-        (lambda h: np.where(np.arange(problems.NUM_FEATURES) == 0, np.nan, h), "not finite"),
-        (lambda h: -h, "wrong"),
+    leaf = "['log_penalty']"
+    wrong, dead = f"It is not the derivative of F: {leaf}.", f"F depends on {leaf}, and the hypergradient does not"
+    for change, status, message in (
+        (lambda h: 1.01 * h, "wrong", wrong),
+        (np.zeros_like, "dead", dead),
+        (
+            lambda h: np.where(np.arange(problems.NUM_FEATURES) == 0, np.nan, h),
+            "not finite",
+            f"The hypergradient of {leaf}, or F, is not finite",
+        ),
+        (lambda h: -h, "wrong", wrong),
     ):
         report = compared("exact", point, change)
         assert not report.passed and [leaf.status for leaf in report.leaves] == [status]
-        assert report.message != "Nothing to remark."
+        assert report.message.startswith(message)
+    assert compared("exact", point, lambda h: h).message == "No problem was found."
     # A pseudo-gradient only has to be finite.
     assert compared("pseudo", point, np.zeros_like).passed
     assert not compared("pseudo", point, lambda h: np.inf * h).passed

@@ -1,5 +1,9 @@
 """Every finding is made where its cause was put, and not where it was not."""
 
+import io
+import sys
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +11,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import _progress, base, hypergrad, inner, spaces
+from metaopt import base, hypergrad, inner, spaces
 
 
 def quadratic(rate, curvature=1.0):
@@ -25,7 +29,7 @@ def words(diagnosis):
 
 def test_a_healthy_run_has_no_finding():
     diagnosis = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50)
-    sentence = "Nothing was found. Checked: the losses and gradients of 50 steps; the growth of a perturbation of θ"
+    sentence = "No problem was found. Checked: the losses and gradients of 50 steps; the growth of a perturbation of θ"
     assert diagnosis.findings == [] and str(diagnosis) == f"{sentence}."
     # θ ← (1 − rate) θ: the growth is exact.
     np.testing.assert_allclose(diagnosis.growth, np.log(0.8), rtol=1e-9)
@@ -131,7 +135,7 @@ def test_a_run_that_no_leaf_mends_lists_what_was_tried():
     tried = "a tenth of λ['decay'], a tenth of λ['rate'], ten times λ['rate']"
     assert last({"decay": 0.05, "rate": 1e10}, wide) == f"No change of one leaf of λ repairs the run. Tried: {tried}."
     assert last({"decay": 1.0, "rate": 1e10}, narrow) == (
-        "No other λ was tried: a tenth and ten times are outside the space."
+        "No other λ was tried: a tenth and ten times the value of each positive leaf are outside the space."
     )
     assert last({"decay": -1.0, "rate": -1.0}, signed) == "No other λ was tried: no leaf is positive."
     assert last({"decay": 0.05, "rate": 1e10}, wide, True, False) == "No other λ was tried: its space is unknown."
@@ -146,18 +150,35 @@ def test_up_to_eight_leaves_are_tried(num_leaves, is_named):
     )
     problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
     diagnosis = hypergrad.diagnose(problem, [2.5] * num_leaves, problems.TASK, num_steps=50)
-    assert ("λ[0] is likely the cause" in words(diagnosis)) == is_named
-    assert ("it has 9 positive leaves, and at most 8 are tried" in words(diagnosis)) != is_named
+    sentence = "λ[0] is likely the cause: with a tenth of its value, training is finite and the inner loss falls."
+    assert (sentence in words(diagnosis)) == is_named
+    assert ("λ has 9 positive leaves, and `diagnose` tries at most 8." in words(diagnosis)) != is_named
 
 
-def test_compilations_and_runs_are_reported(capsys, monkeypatch):
-    monkeypatch.setattr(_progress, "SOON", 0.0)
-    monkeypatch.setattr(_progress.DISPLAY, "tick_every", 0.01)
-    estimator = hypergrad.unrolled(quadratic(0.2), num_steps=2)
-    hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50, estimator=estimator)
-    lines = capsys.readouterr().err
-    assert "compiled the training run with a perturbation" in lines and "compiled 5 estimates" in lines
-    assert "part 2/2" in lines
+def test_compilations_and_runs_are_reported(monkeypatch):
+    """A terminal shows them next to a bar, which a thread draws again and again."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    problem, latest = quadratic(0.2), time.monotonic() + 20.0
+    rule = hypergrad.unrolled(problem, num_steps=2)
+
+    def wait_for(text):
+        while text not in terminal.getvalue():
+            assert time.monotonic() < latest, terminal.getvalue()
+            time.sleep(0.01)
+
+    def outer_loss(*args):
+        wait_for("compiling the training run with a perturbation")
+        return problem.outer_loss(*args)
+
+    def estimate(*args):
+        wait_for("compiling 5 estimates")
+        return rule.estimate(*args)
+
+    options = {"num_steps": 50, "estimator": rule._replace(estimate=estimate)}
+    hypergrad.diagnose(problem._replace(outer_loss=outer_loss), jnp.array(0.0), problems.TASK, **options)
+    assert "2/2" in terminal.getvalue()
 
 
 def test_a_single_chaotic_step_is_named():
@@ -212,7 +233,7 @@ def test_lambda_at_a_bound():
 def test_an_unfinished_solve_and_a_dead_leaf():
     estimator = hypergrad.warm_implicit(problems.RIDGE, num_steps=5, adjoint_rate=1e-4)
     diagnosis = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=estimator)
-    assert "The linear solve is not done: adjoint_residual" in words(diagnosis)
+    assert "The linear solve has not converged: adjoint_residual" in words(diagnosis)
     better = hypergrad.warm_implicit(problems.RIDGE, num_steps=20, adjoint_rate=0.4)
     diagnosis = hypergrad.diagnose(problems.RIDGE, problems.LAM, problems.TASK, num_steps=60, estimator=better)
     assert "linear solve" not in words(diagnosis)

@@ -369,7 +369,7 @@ def test_refuses_in_other_coordinates_and_batched(name):
     space = {name_: leaf if name_ in (name, "penalty") else spaces.fixed(LAM[name_]) for name_, leaf in space.items()}
     estimator = hypergrad.over_tasks(implicit(spaces.constrain(problem(), space)))
     unconstrained = spaces.to_unconstrained(space, LAM)
-    with pytest.raises(ValueError, match=rf"cannot answer for the leaves \['{name}'\] of λ"):
+    with pytest.raises(ValueError, match=rf"cannot estimate the hypergradient of the leaves \['{name}'\] of λ"):
         estimator.init(KEY, unconstrained, problems.stack([problems.TASK]))
     space[name] = spaces.fixed(LAM[name])
     estimator = implicit(spaces.constrain(problem(), space))

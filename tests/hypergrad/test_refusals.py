@@ -89,7 +89,7 @@ def slope_of_a_momentum():
     return jax.grad(momentum)(0.1)
 
 
-RATE_AND_START = r"cannot answer for the leaves \['rate'\], \['start'\] of λ.*unrolled"
+RATE_AND_START = r"cannot estimate the hypergradient of the leaves \['rate'\], \['start'\] of λ.*unrolled"
 REFUSALS = [
     # Numbers of steps.
     (lambda: unrolled(num_steps=-1), "`num_steps` must be at least 0; got -1"),
@@ -158,10 +158,10 @@ REFUSALS = [
     (lambda: batched(base.Task(jnp.zeros(3), jnp.zeros(4))), r"as its leading axis.*\(3,\).*\(4,\).*`tasks.stack`"),
     (lambda: batched(base.Task(jnp.zeros([]), jnp.zeros(4))), "must have the number of tasks"),
     # Leaves of λ that a rule cannot see.
-    (lambda: start(hypergrad.lookahead), r"cannot answer for the leaves \['start'\] of λ: the 1 virtual"),
-    (lambda: start_of_a_rate_and_a_weight(0), r"cannot answer for the leaves \['rate'\] of λ: the 0 virtual"),
-    (lambda: start(hypergrad.darts_fd), r"`darts_fd` cannot answer for the leaves \['start'\] of λ.*unrolled"),
-    (lambda: start(hypergrad.sama), r"`sama` cannot answer for the leaves \['start'\] of λ.*unrolled"),
+    (lambda: start(hypergrad.lookahead), r"the hypergradient of the leaves \['start'\] of λ: the 1 virtual"),
+    (lambda: start_of_a_rate_and_a_weight(0), r"the hypergradient of the leaves \['rate'\] of λ: the 0 virtual"),
+    (lambda: start(hypergrad.darts_fd), r"`darts_fd` cannot estimate .* the leaves \['start'\] of λ.*unrolled"),
+    (lambda: start(hypergrad.sama), r"`sama` cannot estimate .* the leaves \['start'\] of λ.*unrolled"),
     (lambda: start(hypergrad.bome, num_steps=1), RATE_AND_START),
     (lambda: start(hypergrad.f2sa, num_steps=1, multiplier=10.0), RATE_AND_START),
     (lambda: start(IMPLICIT), RATE_AND_START),
@@ -184,11 +184,11 @@ REFUSALS = [
     ),
     (
         lambda: start_of_hypergradient_descent(problems.penalized),
-        r"cannot answer for the leaves .*\['penalty'\], \['start'\].* of λ",
+        r"cannot estimate the hypergradient of the leaves .*\['penalty'\], \['start'\].* of λ",
     ),
     (
         lambda: start_of_hypergradient_descent(lambda p, hp, b: problems.penalized(p, hp, b) + hp["rate"] * p.sum()),
-        r"cannot answer for the leaves .*\['rate'\].* of λ",
+        r"cannot estimate the hypergradient of the leaves .*\['rate'\].* of λ",
     ),
     (slope_of_a_momentum, r"leaves \['rate'\] of λ: neither the gradient"),
     # Others.
@@ -199,7 +199,7 @@ REFUSALS = [
     (lambda: partition({"a": RULE, "b": RULE, "c": RULE}, LABELS), r"and the estimators \['a', 'b', 'c'\]"),
     (
         lambda: partition({"a": IMPLICIT, "b": RULE}, {"rate": "a", "penalty": "b"}),
-        r"cannot answer for the leaves \['rate'\] of λ",
+        r"cannot estimate the hypergradient of the leaves \['rate'\] of λ",
     ),
     (lambda: partition({}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \[\]"),
 ]

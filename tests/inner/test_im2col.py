@@ -185,20 +185,23 @@ def test_narrow_types_are_summed_in_wide_ones():
     assert (error <= 2**-8 * jnp.abs(exact) + 1e-6).all()  # rounded once
 
 
-@pytest.mark.parametrize("name", ["same", "groups"])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.once
-def test_large_patches_are_not_made(name, monkeypatch):
-    conv, x, w = convolution(name)
-    text = [str(jax.make_jaxpr(inner.im2col(conv))(x, w))]
-    expected = jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w)
-    # A small limit: patches above the real one take 256 MB, and seconds.
-    monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", 100)
-    jax.clear_caches()
-    text.append(str(jax.make_jaxpr(inner.im2col(conv))(x, w)))
-    chex.assert_trees_all_close(
-        jax.jit(lambda x, w: derivatives(inner.im2col(conv), x, w))(x, w), expected, rtol=1e-10, atol=1e-12
-    )
-    assert text[1].count("dot_general") == 9 * text[0].count("dot_general")
+def test_patches_of_over_256_mib_are_not_made(groups):
+    conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=groups, **NHWC)
+    x, w = normal(1, 171, 171, 128), normal(3, 3, 128 // groups, groups)
+    smaller = jax.ShapeDtypeStruct((1, 171, 170, 128), float)
+    assert 9 * smaller.size * 8 < 2**28 < 9 * x.size * 8  # bytes: each pixel is in nine patches
+    num_products = lambda x: str(jax.make_jaxpr(inner.im2col(conv))(x, w)).count("dot_general")
+    assert (num_products(smaller), num_products(x)) == (1, 9)
+    curved = lambda fn: jax.value_and_grad(lambda x, w: jnp.sin(fn(x, w) / 32).sum(), argnums=(0, 1))
+    fast, exact = (jax.jit(curved(fn))(x, w) for fn in (inner.im2col(conv), conv))
+    chex.assert_trees_all_close(fast, exact, rtol=1e-9, atol=1e-9)
+
+
+def normal(*shape):
+    """Random numbers. JAX would take longer for millions of them."""
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape))
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its compiler keeps what is to be computed anew")
@@ -383,20 +386,17 @@ def test_derivatives_of_strided_convolutions_are_products():
 
 
 @pytest.mark.once
-def test_large_columns_of_the_cotangent_of_images_are_not_made(monkeypatch):
-    conv = inner.im2col(lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC))
-    x, w = as_float32((jax.random.normal(KEY, (2, 6, 6, 3)), jax.random.normal(jax.random.key(1), (3, 3, 3, 4))))
-    columns = 9 * 3 * (2 * 3 * 3) * 4  # bytes
-    programs = {}
-    for limit in (columns, columns - 1):
-        # A small limit: columns above the real one take 256 MB, and seconds.
-        monkeypatch.setattr("metaopt.inner._cpu._convolution.LARGE", limit)
-        jax.clear_caches()
-        lowered = jax.jit(jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2))).lower(x, w)
-        programs[limit] = "lhs_dilate = [2, 2]" in lowered.as_text(), lowered.compile()(x, w)
-    (few, at_once), (many, by_holes) = programs.values()
-    assert (few, many) == (False, True)
-    chex.assert_trees_all_close(at_once, by_holes, rtol=1e-4, atol=1e-4)
+def test_columns_of_the_cotangent_of_images_of_over_256_mib_are_not_made():
+    conv = lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **NHWC)
+    grad = lambda fn: jax.jit(jax.grad(lambda x, w: jnp.sum(fn(x, w) ** 2)))
+    has_holes = lambda x: "lhs_dilate = [2, 2]" in grad(inner.im2col(conv)).lower(x, w).as_text()
+    x, w = as_float32((jnp.tile(normal(1, 32, 514, 64), (1, 16, 1, 1)), normal(4, 4, 64, 1)))
+    largest = jax.ShapeDtypeStruct((1, 512, 512, 64), jnp.float32)
+    num_columns = 16 * (largest.size // 4)  # for each position of the window, a fourth of the pixels
+    assert 4 * num_columns == 2**28  # bytes
+    assert (has_holes(largest), has_holes(x)) == (False, True)
+    fast, exact = (grad(fn)(x, w) for fn in (inner.im2col(conv), conv))
+    assert jnp.linalg.norm(fast - exact) < 2e-6 * jnp.linalg.norm(exact)
 
 
 def test_depthwise_convolutions_of_no_task():

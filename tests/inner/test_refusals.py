@@ -113,7 +113,7 @@ REFUSALS = [
         (lambda value=value: outer_loss(value), ValueError, "The outer loss must return a floating-point scalar")
         for value in (lambda p: "a", lambda p: p, lambda p: (p.sum(), None), lambda p: {"loss": p.sum()})
     ),
-    (lambda: weighted(lambda *_: 1.0, lambda *_: np.ones(3)), ValueError, r"one number an example, shape \[B\]; got s"),
+    (lambda: weighted(lambda *_: 1.0, lambda *_: np.ones(3)), ValueError, r"one number for each example, shape \[B\]"),
     (
         lambda: weighted(lambda *_: np.ones(3), lambda *_: np.ones(2)),
         ValueError,
@@ -198,8 +198,8 @@ REFUSALS = [
     (lambda: rows({}), ValueError, "at least one"),
     (lambda: inner.minibatch(0), ValueError, "`batch_size` must be at least 1; got 0"),
     (lambda: inner.minibatch(2.5), ValueError, "`batch_size` must be an integer of at least 1; got 2.5"),
-    (lambda: rows({"x": np.zeros(3)}, shared=("scales",)), ValueError, "`shared` names scales, and the data have x"),
-    (lambda: rows((np.zeros(3),), shared=("x",)), ValueError, r"names x, and the data have no names \(tuple\)"),
+    (lambda: rows({"x": np.zeros(3)}, shared=("scales",)), ValueError, r"`shared` names .*: scales\. The data have x"),
+    (lambda: rows((np.zeros(3),), shared=("x",)), ValueError, r"not have: x\. The data have no names \(tuple\)"),
     # Labels: where a loss sees them, and before any training.
     *(
         (lambda batch=batch: cross_entropy(batch), ValueError, message)

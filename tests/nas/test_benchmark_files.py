@@ -228,7 +228,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
         file = tmp_path / f"{number}.pth"
         file.write_bytes(pickle.dumps(bad))
         with pytest.raises(
-            ValueError, match=r"The file asks for (posix|nt|builtins|io|_io)\.\w+, which is not a container"
+            ValueError, match=r"The file names (posix|nt|builtins|io|_io)\.\w+, which is not a supported class"
         ):
             nas.read_nas_bench_201(file)
     assert not (tmp_path / "evil").exists()

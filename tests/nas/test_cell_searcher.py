@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import pytest
 from scipy.stats import rankdata
 
@@ -347,15 +348,19 @@ def test_a_loaded_searcher_equals_the_saved_one(h, tmp_path):
 
 @pytest.mark.once
 def test_an_interrupt_in_training_raises(monkeypatch):
-    def loss_and_signal(*args):
-        signal.raise_signal(signal.SIGINT)  # while it is traced, in the first step
-        return jax.numpy.zeros(())
+    adam = optax.adam
 
+    def interrupted(rate):
+        def init(params):
+            signal.raise_signal(signal.SIGINT)  # as Ctrl-C at the start of the training
+            return adam(rate).init(params)
+
+        return optax.GradientTransformation(init, adam(rate).update)
+
+    monkeypatch.setattr(optax, "adam", interrupted)  # the training calls no function of the user
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    # Ctrl-C in the first step: the training calls no function of the user.
-    monkeypatch.setattr("metaopt.nas.search._cell_encoder.cell_ranking_loss", loss_and_signal)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="SIGINT ended the run after 0 of 3 steps"):
             trained(records((0.5,)), num_steps=3)
     finally:
         signal.signal(signal.SIGINT, former)

@@ -152,7 +152,7 @@ def test_h_with_a_spread_gives_the_center_and_is_not_trained(learned):
     assert wide.genotype(weights, TASKS[1]) == META.genotype(learned, TASKS[1])
     tuned = jax.eval_shape(wide.fine_tune, KEY, weights, TASKS[1])
     assert tuned.alpha["cell"].shape == (1, 3)
-    with pytest.raises(ValueError, match="`predictor` predicts a spread, which has no gradient here: make h without"):
+    with pytest.raises(ValueError, match="`predictor` predicts a spread, which gets no gradient here. Create it"):
         wide.estimator.init(KEY, weights, TASKS[1])
 
 
@@ -197,8 +197,8 @@ def test_learned_hyperparams_are_saved_with_their_start(learned, tmp_path):
     other = nas.meta_architecture_search(search_of(learn_init=True), predictors.mlp(SPACE, 2, num_hidden=3))
     part = nas.TrainedMetaArchitecture(META, learned["h"])
     for call, message in (
-        (lambda: metaopt.load(path, meta=alone), "h.npz does not describe .* do not belong there"),
-        (lambda: metaopt.load(path, meta=other), "is of another `h` than this search"),
+        (lambda: metaopt.load(path, meta=alone), "h.npz does not describe .* unexpected arrays"),
+        (lambda: metaopt.load(path, meta=other), "its `h` differs from that of this search"),
         (
             lambda: metaopt.save(path, part),
             "λ of this search has the shapes",

@@ -47,7 +47,7 @@ COST = nas.CostTable(1.0, (nas.CostTerm((("cell", 0),), np.arange(3.0)),), "s")
 NO_PATH = graph([(0, 1)], (CONV3,))
 PARALLEL = graph([(0, 1), (0, 2), (0, 3), (1, 4), (2, 4), (3, 4)], [CONV1] * 3)
 ROW_101 = [1, 0, 0, 0, 0, 0, 1, *[0] * 14, 3, *[0] * 4]
-TWO_EDGES = "two edges from earlier nodes into every node"
+TWO_EDGES = "every node has two edges from earlier nodes"
 GENOTYPES = [
     (lambda: nas.derive_genotype(THREE, {"cell": ALPHA}), "must not be negative; .* instead of α"),
     (
@@ -158,7 +158,7 @@ GENOTYPES = [
     (lambda: nas.genotype_from_configuration(SIZES, {"linear.width": 1}), "A configuration has the entries .*; got"),
     # Graphs.
     (lambda: _graphs.nas_bench_101_hash(NO_PATH), "no path"),
-    (lambda: _graphs.pruned(nas.Graph(((0, 1), (1, 0)), ("input", "output"))), "upper triangular"),
+    (lambda: _graphs.pruned(nas.Graph(((0, 1), (1, 0)), ("input", "output"))), "must be strictly upper triangular"),
     (lambda: nas.edge_graph([(0, 2, "a"), (2, 1, "b")], output=(1,)), "got 2 -> 1"),
     (lambda: nas.edge_graph([(0, 1, "a")], num_inputs=2, output=(1,)), "got 0 -> 1"),
     *(
@@ -171,7 +171,7 @@ GENOTYPES = [
     (lambda: _nas_bench_101.nas_bench_101_cells(8), "has 2 to 7 vertices; got 8"),
     (
         lambda: _nas_bench_101.graph_op(PARALLEL).init(KEY, (5, 3), 2, 1),
-        "3 vertices lead to the output, and there are 2 channels",
+        "3 vertices lead to the output, but there are only 2 channels",
     ),
     (lambda: _nas_bench_101.graph_op(NO_PATH), "no path"),
     (lambda: _nas_bench_101.graph_op(graph([(0, 1), (1, 2)], ("mlp",))), "The ops of NAS-Bench-101"),
@@ -193,7 +193,7 @@ GENOTYPES = [
     ),
     (
         lambda: _nas_bench_101.nas_bench_101_graph([*ROW_101[:2], 1, *ROW_101[3:]]),
-        "has 3 vertices, and edges of more",
+        "has 3 vertices, but its matrix has edges of further vertices",
     ),
     *(
         (call, "cells are graphs with ops on vertices")

@@ -183,14 +183,14 @@ SEARCHES = [
     *(
         (
             lambda name=name: score_with_mask(name, np.ones((6, 3))),
-            r"takes a mask of rows, \[N\] = \(6,\).*got shape \(6, 3\)",
+            r"needs a mask of rows, \[N\] = \(6,\).*got shape \(6, 3\)",
         )
         for name in ("jacob_cov", "nwot")
     ),
     (nwot_without_relus, "this network has no ReLU"),
     (
         lambda: nas.gradient_features(nas.supernet(NET, (3,), ops=OPS, single_path=True), KEY, BATCH),
-        "`supernet` runs one op an edge",
+        "`supernet` runs only one op per edge",
     ),
 ]
 
@@ -244,7 +244,7 @@ PREDICTORS = [
     # A prediction would depend on the other rows.
     (
         lambda: trained_with(lambda params, x, channels, stride: x - x.mean(0, keepdims=True)),
-        "still depend on the other rows of the batch: an own op",
+        "still depend on the other rows of the batch, because one of your own ops",
     ),
     (lambda: small()[2].predict(X[0]), r"`x` must have the shape \(N, 3\)"),
     (lambda: small()[2].predict(X * np.nan), "The outputs of 40 of 40 rows are NaN"),

@@ -181,12 +181,12 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
     own = {**nas.BLOCKS, "norm_relu": nas.BLOCKS["skip_connect"]}
     for change, ops, message in [
         (lambda: {}, {}, "linear"),
-        (lambda: {}, own, r"not belong there: .*statistics\[1\]"),
+        (lambda: {}, own, r"unexpected arrays: .*statistics\[1\]"),
         (lambda: {head: np.ones((3, 2))}, nas.BLOCKS, re.escape(f"{head} should be floating-point of shape (4, 2)")),
         (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "should be floating-point"),
         (lambda: {head: np.full((4, 2), np.inf)}, nas.BLOCKS, "not finite"),
         (lambda: {"statistics[0].variance": -np.ones(4)}, nas.BLOCKS, "negative"),
-        (lambda: {"statistics[0].mean": None}, nas.BLOCKS, r"statistics\[0\].mean should .* and there is none"),
+        (lambda: {"statistics[0].mean": None}, nas.BLOCKS, r"statistics\[0\].mean should .* but it is missing"),
         (lambda: {"header": header(largest=-1.0)}, nas.BLOCKS, "largest input is -1.0"),
         (lambda: {"header": header(network={"version": 1})}, nas.BLOCKS, "does not describe a `TrainedNetwork`"),
     ]:

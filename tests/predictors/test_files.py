@@ -148,8 +148,8 @@ def test_bfloat16_comes_back_as_float32(tmp_path):
             {"scaling": {"names": ["n"], "center": [0.0], "scale": [0.0], "log": [False]}},
             "its scaling has a scale that is not positive",
         ),
-        ({"trained_on": ["iris"]}, "its list of training tasks is not a dict of texts"),
-        ({"trained_on": {"iris": 3}}, "its list of training tasks is not a dict of texts"),
+        ({"trained_on": ["iris"]}, "its `trained_on` is not a dict of texts"),
+        ({"trained_on": {"iris": 3}}, "its `trained_on` is not a dict of texts"),
     ],
 )
 def test_other_headers(change, message, tmp_path):
@@ -167,14 +167,14 @@ def test_weights_that_do_not_fit(tmp_path):
     rewrite(path, {**arrays, name: arrays[name][:1]}, header)
     with pytest.raises(
         ValueError,
-        match=r"\['linear'\] should be floating-point of shape \(2, 4\), and it is float64 of shape \(1, 4\)",
+        match=r"\['linear'\] should be floating-point of shape \(2, 4\), but it is float64 of shape \(1, 4\)",
     ):
         metaopt.load(path)
     rewrite(path, {k: v for k, v in arrays.items() if k != name}, header)
-    with pytest.raises(ValueError, match=r"\['linear'\] should be floating-point of shape \(2, 4\), and there is none"):
+    with pytest.raises(ValueError, match=r"\['linear'\] should be floating-point of shape \(2, 4\), but it is missing"):
         metaopt.load(path)
     rewrite(path, {**arrays, "['more']": np.zeros(2)}, header)
-    with pytest.raises(ValueError, match=r"it has arrays that do not belong there: \['more'\]"):
+    with pytest.raises(ValueError, match=r"it has unexpected arrays: \['more'\]"):
         metaopt.load(path)
 
 

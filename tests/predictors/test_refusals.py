@@ -48,7 +48,7 @@ REFUSALS = [
     (lambda: mlp({"rate": spaces.fixed(0.1)}), NO_LEAF + "{'rate'"),
     (lambda: embedding({}), NO_LEAF + "{}"),
     (lambda: mlp(limit=-2.0), "`limit` must be positive, or None; got -2.0"),
-    (lambda: embedding(limit=2.0), "`limit` is for `task.features`, and `num_features` is 0"),
+    (lambda: embedding(limit=2.0), "`limit` clips `task.features`, but `num_features` is 0"),
     (lambda: estimate(predictors.best_of(RIDGE, PLAIN), PLAIN), "`predictor` must predict a spread; make it with"),
     (lambda: estimate(predictors.amortize(RIDGE, WIDE), WIDE), "predicts a spread, which has no gradient here: use `p"),
     (two_of_three_members, r"an ensemble of 3 must be stacked, leaves \[3, ...\]; got shape \(2, "),

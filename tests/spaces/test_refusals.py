@@ -111,8 +111,8 @@ MISMATCHES = {  # of λ and the space
     "key": (LAM | {"depth": jax.random.key(0)}, "at `depth`: expected an array of shape () (integer), got "),
 }
 OUTSIDE = "λ lies outside the space at "
-NATURAL = "λ is in natural units here .*Pass `space=` to `training.fit` or `training.fine_tune`, or convert λ by"
-UNCONSTRAINED = "λ is expected in natural units, and these are unconstrained coordinates"
+NATURAL = "but got λ in natural units .*Pass `space=` to `training.fit` or `training.fine_tune`, or convert λ by"
+UNCONSTRAINED = "Expected λ in natural units, but got unconstrained coordinates"
 NO_ENTRY = "These are unconstrained coordinates and not λ: they have no .*spaces.to_constrained.*spaces.constrain"
 NO_LEAF = r"Every leaf of a space must be made by `real`.*got .* at `(a|1)`"
 READERS = {"to_unconstrained": spaces.to_unconstrained, "discretize": spaces.discretize, "encode": spaces.encode}
@@ -120,7 +120,7 @@ READERS |= {"at_bounds": spaces.at_bounds}
 REFUSALS = [
     # Factories.
     (lambda: spaces.real(float("nan")), "`default` must be finite, of shape .*; got nan"),
-    (lambda: spaces.real("0.1"), "`default` must be a number or an array of real numbers.*got '0.1'"),
+    (lambda: spaces.real("0.1"), "`default` must be a concrete number or array of real numbers.*got '0.1'"),
     (lambda: spaces.real([1.0, 2.0]), r"`default` must be finite, of shape \(\); got \[1.0, 2.0\]"),
     (lambda: spaces.real(0.0, 0.0), "`scale` must be positive; got 0.0"),
     (lambda: spaces.real(0.0, [1.0]), r"`scale` must be finite, of shape \(\); got \[1.0\]"),
@@ -149,16 +149,16 @@ REFUSALS = [
     (lambda: spaces.simplex(2, default=[0.5, 0.6]), "`default` must be positive.* must sum to one"),
     (lambda: spaces.choice("ab"), "`labels` must be a list of strings, numbers, booleans or None; got 'ab'"),
     (lambda: spaces.choice([(1,), (2,)]), "`labels` must be a list of strings"),
-    (lambda: spaces.choice([1, True]), r"`labels` must be at least two that differ; got \(1, True\)"),
-    (lambda: spaces.choice([1]), "at least two that differ.*For one value, use `fixed`"),
-    (lambda: spaces.choice([]), "at least two that differ"),
+    (lambda: spaces.choice([1, True]), r"`labels` must have at least two entries, all different; got \(1, True\)"),
+    (lambda: spaces.choice([1]), "at least two entries, all different.*For one value, use `fixed`"),
+    (lambda: spaces.choice([]), "at least two entries, all different"),
     (lambda: spaces.choice(["a", "b"], default="c"), r"`default` must be one of \('a', 'b'\); got 'c'"),
     (lambda: spaces.active_if(spaces.real(), "a", "b"), "`values` must be a list of at least one value; got 'b'"),
-    (lambda: spaces.fixed("adam"), "`value` must be a number or an array of real numbers.*got 'adam'"),
-    (lambda: spaces.fixed(None), "`value` must be a number"),
-    (lambda: spaces.fixed(1j), "`value` must be a number"),
-    (lambda: jax.jit(spaces.fixed)(1.0), "`value` must be a number .* known before tracing"),
-    (lambda: jax.jit(spaces.real)(1.0), "`default` must be a number .* known before tracing"),
+    (lambda: spaces.fixed("adam"), "`value` must be a concrete number or array of real numbers.*got 'adam'"),
+    (lambda: spaces.fixed(None), "`value` must be a concrete number"),
+    (lambda: spaces.fixed(1j), "`value` must be a concrete number"),
+    (lambda: jax.jit(spaces.fixed)(1.0), "`value` must be a concrete number .* not a traced value"),
+    (lambda: jax.jit(spaces.real)(1.0), "`default` must be a concrete number .* not a traced value"),
     *(
         (lambda x=x: spaces.positive(x), "`default` must be positive, between 1e-30 and 1e30; got")
         for x in (0.99e-30, 1.01e30, -1.0)
@@ -210,8 +210,8 @@ REFUSALS = [
     # Unconstrained coordinates instead of λ, and λ instead of coordinates.
     (lambda: estimate(CONSTRAINED, PENALTY), NATURAL),
     (lambda: spaces.to_constrained(SPACE, LAM), NATURAL),
-    (lambda: spaces.to_constrained(spaces.real(), SCALAR), "natural units here .got float"),
-    (lambda: spaces.to_constrained(SPACE, Z.coordinates), "marked by `spaces.Unc"),
+    (lambda: spaces.to_constrained(spaces.real(), SCALAR), "in natural units .float"),
+    (lambda: spaces.to_constrained(SPACE, Z.coordinates), "Mark your own coordinates with `spaces.Unc"),
     (lambda: amortized(CONSTRAINED, PENALTY), NATURAL),
     (lambda: spaces.to_unconstrained(SPACE, Z), UNCONSTRAINED),
     (lambda: spaces.encode(SPACE, Z), UNCONSTRAINED),

@@ -219,7 +219,7 @@ def test_a_data_set_of_tfds(monkeypatch):
     assert source.x.shape == (3, 2, 2)
     np.testing.assert_array_equal(source.group, [0, 1, 0])
     np.testing.assert_array_equal(source.superclass, [0, 1])
-    with pytest.raises(ValueError, match="several 'by', which is not a superclass"):
+    with pytest.raises(ValueError, match="different values of 'by', so this feature cannot be"):
         builder = lambda *args, **options: types.SimpleNamespace(
             info=Builder(*args, **options).info, as_data_source=lambda split: [
                 {"image": np.zeros((2, 2, 1), np.uint8), "label": 0, "by": by} for by in range(2)

@@ -212,9 +212,10 @@ def test_time_zones_become_utc():
 
 
 def test_dates_whose_order_is_unknown_are_noted():
-    encoder, x = fitted({"t": ["1/2/2020", "3/4/2020"]})
-    np.testing.assert_array_equal(x[:, 1], [1, 3])
-    assert "no date tells the day from the month" in reasons(encoder, "t")[0][1]
+    for days in (["1/2/2020", "3/4/2020"], ["1/1/1970", "3/4/2020"]):  # the second begins with second 0
+        encoder, x = fitted({"t": days})
+        np.testing.assert_array_equal(x[:, 1], [1, 3])
+        assert "the order of day and month is ambiguous" in reasons(encoder, "t")[0][1]
     np.testing.assert_array_equal(fitted({"t": ["1.2.2020", "3.4.2020"]})[1][:, 1], [2, 4])
 
 

@@ -157,12 +157,12 @@ REFUSALS = [
     ),
     (
         lambda: tasks.from_arrays(X, Y, group=[0, 1, 1, np.nan, 0, 1]),
-        "`group` must be known for all; entry 3 is nan",
+        "`group` must not have missing values; entry 3 is nan",
     ),
-    (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must be known for all; entry 1 is None"),
+    (lambda: tasks.from_arrays(X, Y, group=["a", None] * 3), "`group` must not have missing values; entry 1 is None"),
     (
         lambda: tasks.from_arrays(X, Y, superclass=[0, np.nan, 1]),
-        "`superclass` must be known for all; entry 1 is nan",
+        "`superclass` must not have missing values; entry 1 is nan",
     ),
     (from_arrays_in_float32, r"finite in float32; got 1e\+300 at \[0, 0\]"),
     *(
@@ -182,7 +182,7 @@ REFUSALS = [
     (lambda: tasks.split_classes(LETTERS, {"train": 10, "test": 3}), "has 12 classes; the parts ask for 13"),
     (lambda: tasks.split_classes(LETTERS, {"train": 0}), "at least 1"),
     (lambda: tasks.split_rows(LETTERS, {"train": 0.8, "test": 0.3}), "sum to at most 1"),
-    (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* left without an example"),
+    (lambda: tasks.split_rows(LETTERS, {"train": 0.9, "test": 0.01}), "'test' .* has no example: its share"),
     (
         lambda: tasks.split_rows(tasks.from_arrays(range(12), [0] * 5 + [1] * 2 + [2] * 5), {"a": 0.25, "b": 0.25}),
         r"'b' of source 'arrays' has no example of 1 classes: '1' has 2 in all.*min_examples=4",
@@ -193,7 +193,7 @@ REFUSALS = [
         ),
         "has no example of 1 classes: '2' has 2 in all. The parts have different groups",
     ),
-    (lambda: tasks.merge_splits(*[tasks.Split({"test": {"a": {}}})] * 2), "of source 'a'"),
+    (lambda: tasks.merge_splits(*[tasks.Split({"test": {"a": {}}})] * 2), "name the source 'a'"),
     (lambda: tasks.select([LETTERS], {"a": {"letters": {"classes": ["99"]}}}, "a"), "has no class '99'"),
     (
         lambda: tasks.select([DIGITS, DIGITS], {"a": {"digits": {}}}, "a"),
@@ -242,12 +242,12 @@ REFUSALS = [
         )
         for bad in ([1.0, np.nan], [0, 0], [-1, 2], [1, np.inf])
     ),
-    (lambda: functions(inputs=(1.0, 1.0)), r"`inputs` must be two finite numbers that ascend; got \(1.0, 1.0\)"),
+    (lambda: functions(inputs=(1.0, 1.0)), r"`inputs` must be two finite numbers in ascending order; got \(1.0, 1.0\)"),
     (lambda: functions(inputs=(0.0, np.inf)), "`inputs` must be two finite"),
     *(  # JAX draws only the first number if it is above the second
         (
             lambda name=name, value=value: tasks.sinusoids(**{name: value}),
-            f"`{name}` must be two finite numbers that ascend, or one twice; got",
+            rf"`{name}` must be two finite numbers in ascending order \(or two equal numbers\); got",
         )
         for name in ("amplitude", "phase")
         for value in [(5.0, 0.1), (np.nan, 1.0), (0.0, np.inf)]
@@ -366,7 +366,7 @@ REFUSALS = [
     ),
     (
         lambda: stacked({}, {"num_features": 8}),
-        r"feature_mask.* is \(8,\) in task 1 and \(7,\) in task 0: pad them alike",
+        r"feature_mask.* is \(8,\) in task 1 and \(7,\) in task 0: pad both to the same shape",
     ),
     (
         lambda: stacked({}, {"features": np.ones(2)}, names=["first", "second"]),

@@ -20,7 +20,7 @@ import pytest
 import small_estimators as small
 
 from metaopt import base, hypergrad, inner, training
-from metaopt.training import _checkpoints, _processes, _program
+from metaopt.training import _checkpoints, _program
 
 LEARNER = training.learner(small.carried(), optax.adam(0.1))
 NUM_STEPS = 23
@@ -487,35 +487,6 @@ def test_a_thousand_damaged_checkpoints_of_one_step_have_names(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint of step 10 .* cannot be read and is moved aside"):
         fit(tmp_path, num_steps=6)
     assert (tmp_path / "10.unreadable999" / "arrays").exists()
-
-
-def test_all_processes_continue_from_a_checkpoint_that_all_can_read(tmp_path, unbroken, monkeypatch):
-    fit(tmp_path, num_steps=10)
-    others = iter([False, False, False, True])  # the lock, the losses, the JSON and the arrays of step 10
-    agreed = lambda received, ended: (max(received, default=0), ended or next(others, False))
-    monkeypatch.setattr(_processes, "agreed", agreed)
-    with pytest.warns(UserWarning, match="checkpoint of step 10 .* moved aside .*another process had an error"):
-        resumed = fit(tmp_path)
-    assert same(resumed, unbroken) and (tmp_path / "10.unreadable").exists()
-
-
-def test_all_processes_have_an_error_if_an_unreadable_checkpoint_cannot_be_moved(tmp_path, monkeypatch):
-    fit(tmp_path, num_steps=10)
-    (tmp_path / "10" / "run" / "metadata").write_text("{")
-    failures = []
-
-    def agreed(received, ended):
-        failures.append(ended)
-        return max(received, default=0), ended
-
-    def rename(source, target):
-        raise OSError(f"{source} cannot be renamed")
-
-    monkeypatch.setattr(_processes, "agreed", agreed)
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.warns(UserWarning, match="moved aside"), pytest.raises(OSError, match="cannot be renamed"):
-        fit(tmp_path)
-    assert failures[-1]  # the others learn of it, and do not wait for this process
 
 
 def test_a_checkpoint_is_written_from_a_copy():

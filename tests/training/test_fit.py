@@ -1,5 +1,6 @@
 """The outer loop: its end, its reports, its errors, and its inputs, which it leaves unchanged."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -12,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 import small_estimators as small
+from jax.experimental import multihost_utils
 
 from metaopt import base, hypergrad, spaces, training
-from metaopt.training import _processes
 
 KEY = jax.random.key(0)
 QUADRATIC = training.learner(small.quadratic(), optax.sgd(0.1))
@@ -466,18 +467,49 @@ def test_no_evaluation_runs_after_a_signal():
     assert len(evaluated) == len(error.value.result.evaluations) == 1
 
 
+def join(monkeypatch, others_part):
+    """This process becomes the first of two. The other one sends `others_part(x)` whenever they exchange an array x."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, others_part(x)]))
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_a_signal_counts_only_once_all_processes_know_of_it(monkeypatch):
     """Another process that does not know of it yet takes the next step and evaluates, and would wait for this one."""
-    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (0, ended))
-    with pytest.raises(SystemExit) as error:
-        fit(
-            callback=lambda step, metrics: step == 2 and signal.raise_signal(signal.SIGTERM),
-            evaluate=lambda key, x: x,
-            eval_every=1,
-        )
-    result = error.value.result
-    assert (result.state.step, len(result.evaluations), result.stopped) == (5, 6, "num_steps")
+
+    def events(signal_at=None):
+        """The order of steps, evaluations and exchanges. The signal arrives while the processes exchange arrays."""
+        order = []
+
+        def others_part(x):
+            shares_signal = x.dtype == int and signal.SIGTERM in x
+            order.append("exchange of the signal" if shares_signal else "exchange")
+            if len(order) == signal_at:
+                signal.raise_signal(signal.SIGTERM)  # this exchange has begun, and is without it
+            return np.zeros_like(x)
+
+        def sample_tasks(key):
+            order.append("step")
+            return TASKS
+
+        join(monkeypatch, others_part)
+        ends = contextlib.nullcontext() if signal_at is None else pytest.raises(SystemExit, match="ended the run")
+        with ends:
+            fit(
+                sample_tasks=sample_tasks,
+                evaluate=lambda key, x: order.append("evaluation") or x,
+                eval_every=1,
+                num_steps=2,
+            )
+        return order
+
+    without = events()
+    assert without.count("step") == 2 and without.count("evaluation") == 3
+    exchanges = np.flatnonzero(np.array(without) == "exchange")
+    for i in exchanges[:-1]:
+        order = events(signal_at=i + 1)
+        assert order[: order.index("exchange of the signal")] == without[: order.index("exchange of the signal")]
+    assert events(signal_at=exchanges[-1] + 1) == without  # after the last step, which the others end with too
 
 
 def test_a_signal_at_another_process_ends_the_run_too(monkeypatch):
@@ -487,8 +519,11 @@ def test_a_signal_at_another_process_ends_the_run_too(monkeypatch):
         draws.append(key)
         return TASKS
 
-    number = lambda: int(signal.SIGTERM) if len(draws) == 2 else 0  # from the second step on
-    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (number(), ended))
+    def others_part(x):
+        is_signal = len(draws) == 2 and x.dtype == int  # from the second step on; others exchange a loss
+        return np.array([signal.SIGTERM, 0]) if is_signal else np.zeros_like(x)
+
+    join(monkeypatch, others_part)
     with pytest.raises(SystemExit, match="SIGTERM ended the run after 2 of 5 steps") as error:
         fit(sample_tasks=sample_tasks, evaluate=lambda key, x: x, eval_every=1)
     assert len(error.value.result.evaluations) == 2

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 import small_estimators as small
+from jax.experimental import multihost_utils
 
 from metaopt import training
 from metaopt.training import _checkpoints, _processes, _steps
@@ -84,8 +85,13 @@ def assert_equal(results, expected, rtol):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two") / "run", 2)
+def unbroken_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two") / "run"
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_folder):
+    return run(unbroken_folder, 2)
 
 
 @pytest.mark.once
@@ -168,6 +174,32 @@ def test_a_full_disk_of_one_process_loses_nothing(tmp_path, unbroken, disk, kept
     assert_equal(run(tmp_path / "run", 2), unbroken, rtol=0)
 
 
+@pytest.fixture
+def ended(tmp_path, unbroken_folder, unbroken):
+    """The folder of a run that has ended, with checkpoints of steps 18 and 20."""
+    return shutil.copytree(unbroken_folder, tmp_path / "run")
+
+
+@pytest.mark.once
+def test_all_processes_continue_from_a_checkpoint_that_all_can_read(ended, unbroken):
+    errors = finish(start(ended, 2, faulty="unreadable"))
+    reasons = ["ValueError: another process had an error", "OSError: read error of process 1"]
+    for error, reason in zip(errors, reasons, strict=True):
+        assert re.findall(r"checkpoint of step (\d+) .* moved aside \((.*)\)", error) == [("20", reason)]
+    assert sorted(path.name for path in ended.iterdir() if path.name[0] != ".") == ["18", "20", "20.unreadable"]
+    assert_equal(results_in(ended, 2), unbroken, rtol=0)
+
+
+@pytest.mark.once
+def test_all_processes_have_an_error_if_an_unreadable_checkpoint_cannot_be_moved(ended):
+    processes = start(ended, 2, faulty="unmovable")
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    assert "OSError: " in errors[0] and "20 cannot be renamed" in errors[0]
+    assert re.search(r"moved aside \(ValueError: the checksum of .* does not match\)", errors[1])
+    assert "\nValueError: another process had an error" in errors[1]
+
+
 @pytest.mark.once
 def test_processes_with_folders_of_their_own_are_refused(tmp_path):
     """Each folder exists, like folders of one name on the disks of two machines."""
@@ -190,10 +222,15 @@ def test_a_checkpoint_that_is_larger_than_the_space_of_the_disk_is_found_before_
     assert not list(tmp_path.iterdir())
 
 
+class SplitArray(jax.Array):
+    """An array of which another process has a part."""
+
+    is_fully_addressable = is_fully_replicated = False
+
+
 def test_tasks_of_new_shapes_are_compared_with_the_slots_of_all_processes(monkeypatch):
-    mine, all_slots = jnp.ones(2, bool), np.array([True, True, False, True])
-    monkeypatch.setattr(_processes, "is_split", lambda x: x is mine)
-    monkeypatch.setattr(_processes, "gathered", lambda x: all_slots)
+    mine, all_slots = SplitArray(), np.array([True, True, False, True])
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x, tiled: all_slots if x is mine and tiled else x)
     state = types.SimpleNamespace(done=mine, tasks=jnp.ones(4))
     with pytest.raises(ValueError, match=r"slots \[2\] of 4 are not done"):
         _steps._check_all_done(state, jnp.ones(5))  # pyright: ignore[reportArgumentType]
@@ -204,7 +241,9 @@ def test_the_tasks_of_a_checkpoint_are_drawn_in_all_processes_or_in_none(monkeyp
     learner, key = training.learner(small.quadratic(), optax.sgd(0.1)), jax.random.key(0)
     steps = _steps.Steps(learner, lambda key: jnp.ones(2), (key, key), jnp.array(1.0), 1)
     assert steps.drawn_for(3).shape == (2,)
-    monkeypatch.setattr(_processes, "agreed", lambda received, ended: (0, True))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    others_part = np.array([0, True])  # no signal, and an error
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, others_part]))
     with pytest.raises(ValueError, match="another process had an error"):
         steps.drawn_for(3)
 

@@ -123,7 +123,7 @@ REFUSALS = [
         r"shapes \[\(5,\)\] where \[\(4,\)\] are carried, and slots \[.*\] of 4 are not done.*Pad",
     ),
     # Units.
-    (lambda: fit_in_space(space=None), "λ is in natural units here .got dict.*Pass `space=` to `training.fit`"),
+    (lambda: fit_in_space(space=None), "but got λ in natural units .dict.*Pass `space=` to `training.fit`"),
     (lambda: fit_in_space(PROBLEM), "These are unconstrained coordinates and not λ.*spaces.constrain"),
     (
         lambda: fit_in_space(hyperparams={**LAM, "rates": Rates(-0.2, 0.5)}),
@@ -145,7 +145,7 @@ REFUSALS = [
     (fine_tune_in_another_space, "the problem's space differ"),
     (lambda: fit_in_space(hyperparams=NAN), r"The initial `hyperparams\['rates'\].inner` is not finite"),
     # `propose`.
-    (propose, "λ is in natural units here"),
+    (propose, "but got λ in natural units"),
     (lambda: propose(spread=jnp.ones(3), space=problems.SPACE), "[Bb]roadcast"),  # an error of JAX
     *(
         (lambda value=value: propose(spread=value, space=problems.SPACE), "`spread` must be finite and at least 0")

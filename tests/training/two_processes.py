@@ -2,9 +2,11 @@
 
 It prints each step, and saves the result as FOLDER-PROCESS.npz. After some calls, the function FAULTY of process 1
 raises an error. With "full disk", process 1 cannot write files after step 8, and with "full disk for five steps" it can
-after step 13.
+after step 13. With "unreadable", process 1 has an error when it reads the newest checkpoint. With "unmovable", it reads
+other values there, and no process can rename this checkpoint.
 """
 
+import os
 import resource
 import sys
 import threading
@@ -25,6 +27,7 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int, f
     # After `initialize`, which must come before all computations.
     import numpy as np
     import optax
+    import orbax.checkpoint as ocp
     import small_estimators as small
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -66,6 +69,28 @@ def main(process: int, processes: int, port: str, folder: str, num_steps: int, f
         """Not the same in all processes, as if it ran on other hardware. That of the first process counts."""
         fail("evaluate")
         return (hyperparams["x"] - 1) ** 2 + jax.random.normal(key) / 10 + process * (hyperparams["x"] - 0.7)
+
+    read, rename = ocp.CheckpointManager.restore, os.rename
+
+    def read_newest_wrongly(manager, step, args):
+        """Waits for the other process first, as orbax does at the end of each read."""
+        items = read(manager, step, args=args)
+        if process == 1 and step == num_steps and "arrays" in args:
+            if faulty == "unreadable":
+                raise OSError("read error of process 1")
+            # All processes would notice another value of an array that is split over them: its checksum is shared.
+            return {"arrays": {name: x if isinstance(x, jax.Array) else x + 1 for name, x in items["arrays"].items()}}
+        return items
+
+    def rename_others(source, target):
+        if str(source).endswith(f"{os.sep}{num_steps}"):
+            raise OSError(f"{source} cannot be renamed")
+        rename(source, target)
+
+    if faulty in ("unreadable", "unmovable"):
+        ocp.CheckpointManager.restore = read_newest_wrongly
+    if faulty == "unmovable":
+        os.rename = rename_others
 
     estimator = training.shard(small.carried(), mesh)
     assert isinstance(estimator, base.Estimator)

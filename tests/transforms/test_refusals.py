@@ -59,7 +59,7 @@ REFUSED = [
     (lambda: transforms.learnable_clip(np.ones(2)), r"`max_norm` must be one number; got shape \(2,\)"),
     *((lambda c=c: transforms.learnable_clip(c), "`max_norm` must be positive; got") for c in (0.0, -1.0, np.nan)),
     (lambda: transforms.learnable_clip(1.0, sharpness=-2.0), "`sharpness` must be positive, or None; got -2.0"),
-    (lambda: transforms.learnable_accumulation(jnp.array([0.9]), jnp.ones(2)), "`weights` must be one for each"),
+    (lambda: transforms.learnable_accumulation(jnp.array([0.9]), jnp.ones(2)), "`weights` must have one entry"),
     (lambda: transforms.mixture(PAIR, jnp.ones(3)), "one weight for each of the 2 transforms"),
     (lambda: transforms.mixture(PAIR, {"a": 0.5}), r"leaf of shape \(\)"),
     (lambda: transforms.mixture(PAIR, [0.5, 0.5, 0.0]), r"leaf of shape \(3,\)"),
@@ -78,11 +78,11 @@ REFUSED = [
     (lambda: transforms.per_group(optax.sgd), "either `patterns` or `labels`"),
     (
         lambda: transforms.per_group(optax.sgd, patterns={"kernels": "kernel"})(0.1).init(PARAMS),
-        "encoder/bias fits no pattern",
+        "encoder/bias matches no pattern",
     ),
     (
         lambda: transforms.per_group(optax.sgd, patterns={"all": "", "late": "head"})(0.1).init(PARAMS),
-        r"\['late'\] find no parameter",
+        r"\['late'\] are the first match of no parameter",
     ),
     (
         lambda: transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})(learning_rate={"a": 0.1}).init(
@@ -120,8 +120,8 @@ REFUSED = [
         )
         for options in ({"discount": 1.5}, {"discount": -0.1}, {"gap": -1.0})
     ),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, discount=0.9, mode="reverse"), '`mode="reverse"` has only'),
-    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="cosine", mode="reverse"), '`mode="reverse"` has only'),
+    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, discount=0.9, mode="reverse"), '`mode="reverse"` diff'),
+    (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="cosine", mode="reverse"), '`mode="reverse"` diff'),
     (
         lambda: transforms.self_tuning(optax.sgd, {"d": 0.0}, SGD),
         r"`hyperparams` must be .*positive.*got 0.0 at \['d'\]",

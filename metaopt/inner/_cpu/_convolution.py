@@ -1,14 +1,14 @@
 """A convolution for CPU that stays in the one layout of XLA's fast kernels, including its derivatives and batches.
 
-The kernels (Eigen's: they pack patches into the cache piece by piece, and multiply them) take images [N, ..., C] with
-windows [..., C, D]. XLA converts other layouts into this one only in the entry computation of a program. In the body of
-a loop, the backward pass therefore runs as plain loops, a hundred times slower. Windows that differ between tasks
-become groups, for which XLA lacks a fast kernel, too.
+The kernels (Eigen's: they pack patches into the cache piece by piece, and multiply them) take images [N, ..., C] and
+windows of weights [..., C, D]. XLA converts other layouts into this one only in the entry computation of a program. In
+the body of a loop, the backward pass therefore runs as plain loops, a hundred times slower. Windows that differ between
+tasks become groups, for which XLA lacks a fast kernel, too.
 
 This primitive is compiled in that layout everywhere. If both images and windows have a leading axis of tasks, it
-computes one task after the other. The derivatives of a strided convolution are an exception: they have holes in the
-images or in the window, and become matrix products with slices. On conv4 with strides, this saves a twelfth of an outer
-step of MAML, or an eighth in a scan, for 3 s more of compilation.
+computes one task after the other. The derivatives of a strided convolution are an exception: they are convolutions with
+dilated images or a dilated window, and become matrix products with slices. On conv4 with strides, this saves a twelfth
+of the time of an outer step of MAML, or an eighth in a scan. Compilation takes 3 s longer.
 """
 
 import functools
@@ -26,7 +26,7 @@ LARGE = 2**28  # bytes: the largest array of patches, or of their cotangents, th
 
 
 def convolution(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
-    """The convolution, without groups, that `params` of the primitive of `jax.lax.conv_general_dilated` describe."""
+    """Convolves x with w, without groups. `params` are those of the primitive of `jax.lax.conv_general_dilated`."""
     return _convolution_p.bind(x, w, num_tasks=None, **params)
 
 
@@ -35,7 +35,7 @@ def _plain(x: jax.Array, w: jax.Array, **params: Any) -> jax.Array:
 
 
 def _rebound(fn: Callable) -> Callable:
-    """`fn`, a transformation of `_plain`, with this primitive instead of the convolutions in it."""
+    """Returns `fn`, a transformation of `_plain`, with every convolution in it replaced by this primitive."""
 
     def replace(equation):
         if equation.primitive is not jax.lax.conv_general_dilated_p:
@@ -71,7 +71,7 @@ def _lowered(x: jax.Array, w: jax.Array, *, num_tasks: int | None, **params: Any
 
 
 def _spreads(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> bool:
-    """Whether it is the cotangent of a strided convolution's images, or similar: few outputs for each input."""
+    """Whether this is the cotangent of the images of a strided convolution, or similar: each input has few outputs."""
     dilation, window = params["lhs_dilation"], w.shape[:-2]
     return (
         max(dilation) > 1
@@ -89,17 +89,17 @@ def _spread(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> 
     columns = columns.reshape(*x.shape[:-1], -1, features)
 
     def placed(number, position):
-        around = [(0, 0, 0)]
+        padding = [(0, 0, 0)]
         for axis, k in enumerate(position):
             low, dilation = params["padding"][axis][0] - k, params["lhs_dilation"][axis]
-            around.append((low, spatial[axis] - low - (x.shape[1 + axis] - 1) * dilation - 1, dilation - 1))
-        return jax.lax.pad(columns[..., number, :], jnp.zeros([], columns.dtype), [*around, (0, 0, 0)])
+            padding.append((low, spatial[axis] - low - (x.shape[1 + axis] - 1) * dilation - 1, dilation - 1))
+        return jax.lax.pad(columns[..., number, :], jnp.zeros([], columns.dtype), [*padding, (0, 0, 0)])
 
     return functools.reduce(jnp.add, (placed(*each) for each in enumerate(np.ndindex(*window))))
 
 
 def _gathers(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -> bool:
-    """Whether it is the cotangent of a strided convolution's window, or similar: few outputs, each from many places."""
+    """Whether this is the cotangent of the window of a strided convolution, or similar: few outputs of many inputs."""
     return (
         max(params["rhs_dilation"]) > 1
         and max(*params["window_strides"], *params["lhs_dilation"]) == 1
@@ -113,25 +113,25 @@ def _gathered(x: jax.Array, w: jax.Array, spatial: Sequence[int], params: Any) -
     last = x.ndim - 1
     x = x.transpose(last, *range(1, last), 0)  # [N, spatial..., C], as in the forward pass
     w = w.transpose(last - 1, *range(last - 1), last)
-    around = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros([], x.dtype), around)
+    padding = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros([], x.dtype), padding)
     rows, strides = w.reshape(-1, w.shape[-1]), (1, *params["rhs_dilation"], 1)
 
     def output(place):
         ends = [k + s * (q - 1) + 1 for k, s, q in zip(place, params["rhs_dilation"], w.shape[1:-1], strict=True)]
-        read = jax.lax.slice(x, (0, *place, 0), (len(x), *ends, x.shape[-1]), strides)
-        return jnp.dot(read.reshape(-1, x.shape[-1]).T, rows, precision=params["precision"])
+        patches = jax.lax.slice(x, (0, *place, 0), (len(x), *ends, x.shape[-1]), strides)
+        return jnp.dot(patches.reshape(-1, x.shape[-1]).T, rows, precision=params["precision"])
 
     y = jnp.stack([output(place) for place in np.ndindex(*spatial)], axis=1)
     return y.reshape(x.shape[-1], *spatial, w.shape[-1])
 
 
 def from_rows(out: Sequence[int]) -> list[int]:
-    """The transposition of [N, spatial..., D] into the layout `out`, the places of N, D and the spatial axes."""
-    back = [0] * len(out)
+    """The permutation of [N, spatial..., D] to the layout `out`, the positions of N, of D and of the spatial axes."""
+    permutation = [0] * len(out)
     for place, axis in zip(out, (0, len(out) - 1, *range(1, len(out) - 1)), strict=True):
-        back[place] = axis
-    return back
+        permutation[place] = axis
+    return permutation
 
 
 def _abstract(x: Any, w: Any, *, num_tasks: int | None, **params: Any) -> Any:

@@ -4,9 +4,9 @@
 
 is linear in x, w and y (stride s, dilation r). Its derivative by y is the convolution. Its derivative by x is the
 cotangent of the images, and its derivative by w is the cotangent of the kernel. The derivatives of these three, in any
-mode and order, are again one of the three. The first two are one sum over the kernel's K positions. The third is a loop
-over the positions, so the compiler sees one body instead of K. Without the primitive, the derivative of a slice is a
-pad, K times, and the compiler has to generate K reductions.
+mode and order, are again one of the three. Each of the first two is one sum over the kernel's K positions. The third is
+a loop over the positions, so the compiler sees one body instead of K. Without the primitive, the derivatives of the K
+slices are K pads, and the compiler has to generate K reductions.
 """
 
 import functools
@@ -76,24 +76,28 @@ def _outputs(x: jax.Array, w: jax.Array, windows: tuple[Window, ...], _: Any) ->
     ends = [(length(n, window) - 1) * window.stride + 1 for n, window in zip(x.shape[1:-1], windows, strict=True)]
     x, kernels = _padded(x, windows), w.reshape(-1, *[1] * len(windows), 1, w.shape[-1])
 
-    def read(place):
+    def patches(place):
         stop = [start + end for start, end in zip(place, ends, strict=True)]
         return jax.lax.slice(x, (0, *place, 0), (len(x), *stop, x.shape[-1]), (1, *steps, 1))
 
-    return total(read(place) * kernel for place, kernel in zip(places, kernels, strict=True))
+    return total(patches(place) * kernel for place, kernel in zip(places, kernels, strict=True))
 
 
 def _images(w: jax.Array, y: jax.Array, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> jax.Array:
     """The convolution of y with the reversed kernel, with base dilation and stride exchanged."""
+    # Along one axis, position k of the window at y[q] reads x[p] if b p = s q + r k − pad (base dilation b). With the
+    # reversed position j = K − 1 − k, this is s q = b p + r j − low, low = r (K − 1) − pad. So the cotangent of x[p]
+    # reads the dilated y, padded by `low` entries, at b p + r j. Since x has n entries, the largest of these indices is
+    # b (n − 1) + r (K − 1). It must be the last index of the padded y, which determines `high`.
 
     def reversed_window(window, n, places):
-        around = window.dilation * (window.size - 1)
-        low, long = around - window.padding[0], (n - 1) * window.base_dilation + 1
-        high = long + around - low - ((places - 1) * window.stride + 1)
+        reach = window.dilation * (window.size - 1)
+        low, span = reach - window.padding[0], (n - 1) * window.base_dilation + 1
+        high = span + reach - low - ((places - 1) * window.stride + 1)
         return Window(window.size, window.base_dilation, (low, high), window.stride, window.dilation)
 
-    back = tuple(map(reversed_window, windows, spatial, y.shape[1:-1]))
-    return _outputs(y, jnp.flip(w, range(len(windows))), back, None)
+    reversed_windows = tuple(map(reversed_window, windows, spatial, y.shape[1:-1]))
+    return _outputs(y, jnp.flip(w, range(len(windows))), reversed_windows, None)
 
 
 def _kernel(x: jax.Array, y: jax.Array, windows: tuple[Window, ...], _: Any) -> jax.Array:
@@ -103,8 +107,8 @@ def _kernel(x: jax.Array, y: jax.Array, windows: tuple[Window, ...], _: Any) -> 
 
     def entry(place):
         start = (0, *place, 0)
-        read = jax.lax.dynamic_slice(x, start, (len(x), *ends, x.shape[-1]))[strided]
-        return (read * y).sum(range(y.ndim - 1))
+        patches = jax.lax.dynamic_slice(x, start, (len(x), *ends, x.shape[-1]))[strided]
+        return (patches * y).sum(range(y.ndim - 1))
 
     return jax.lax.map(entry, jnp.asarray(_places(windows))).reshape(*(window.size for window in windows), -1)
 
@@ -119,8 +123,8 @@ def _sizes(windows: tuple[Window, ...]) -> tuple[int, ...]:
 
 
 def _padded(x: jax.Array, windows: tuple[Window, ...]) -> jax.Array:
-    around = [(0, 0, 0), *((*window.padding, window.base_dilation - 1) for window in windows), (0, 0, 0)]
-    return jax.lax.pad(x, jnp.zeros([], x.dtype), around)
+    padding = [(0, 0, 0), *((*window.padding, window.base_dilation - 1) for window in windows), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.zeros([], x.dtype), padding)
 
 
 def _abstract(a: Any, b: Any, *, result: str, windows: tuple[Window, ...], spatial: tuple[int, ...]) -> Any:

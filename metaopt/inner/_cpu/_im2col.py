@@ -135,9 +135,9 @@ def _slices(x: jax.Array, axis: int, window: Window, fill: float) -> list[jax.Ar
     if window == (1, 1, (0, 0), 1, 1):
         return [x]
     span = (length(x.shape[axis], window) - 1) * window.stride + 1
-    around = [(0, 0, 0)] * x.ndim
-    around[axis] = (*window.padding, window.base_dilation - 1)
-    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), around)
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (*window.padding, window.base_dilation - 1)
+    x = jax.lax.pad(x, jnp.asarray(fill, x.dtype), padding)
     starts = [window.dilation * i for i in range(window.size)]
     return [jax.lax.slice_in_dim(x, start, start + span, window.stride, axis) for start in starts]
 
@@ -267,7 +267,10 @@ def _pooling(
 
 
 def _tiles(x: jax.Array, sizes: list[int], fold: Callable) -> jax.Array:
-    """Pooling with windows that do not overlap: each window's positions become an axis with slices cheap both ways."""
+    """Pooling with windows that do not overlap.
+
+    The positions of a window become a new axis. Slices of this axis are cheap forward and backward.
+    """
     x = x[tuple(slice(n // size * size) for n, size in zip(x.shape, sizes, strict=True))]
     x = x.reshape([part for n, size in zip(x.shape, sizes, strict=True) for part in (n // size, size)])
 

@@ -9,7 +9,7 @@ They need neither TensorFlow nor PyTorch, and they run no code from a file.
 | 301 | the training logs, nb_301_v13/ or nasbench301_full_data/ | one JSON file per network |
 
 The readers are tested on files in these formats that the tests write. They have not been run on the official files,
-which have gigabytes.
+which take gigabytes.
 
 Reading takes minutes, and an hour for a .pth file. `metaopt.save` writes the result to a small file, which
 `metaopt.load` opens in a second.
@@ -117,14 +117,14 @@ def read_nas_bench_101(path: str | os.PathLike[str], *, verify: bool = False) ->
 
     Args:
       path: path of the file.
-      verify: whether to check the checksums of the data too; the checksums of the lengths are always checked.
+      verify: whether to check the checksums of the data too. The checksums of record lengths are always checked.
 
     Returns:
       A `Benchmark`. Digits are the 21 entries above the diagonal of the matrix, then the ops of vertices 1 to 5: 1 is a
       3×3 convolution, 2 a 1×1 convolution, and 3 a pool. 0 is the output, or a vertex that does not exist.
 
     Raises:
-      ValueError: if the file is damaged or something else, or if a cell has ops or vertices outside the space.
+      ValueError: if the file is damaged or is of another kind, or if a cell has ops or vertices outside the space.
 
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
     """
@@ -136,7 +136,7 @@ def read_nas_bench_101(path: str | os.PathLike[str], *, verify: bool = False) ->
             name, epochs, bits, ops, metrics = _files.parse_json(record)
             seconds, valid, test = _final_metrics(base64.b64decode(metrics))
             if not all(isinstance(text, str) for text in (name, bits, ops)) or type(epochs) is not int or epochs < 1:
-                raise ValueError("a cell must be texts, and its epochs a positive integer")
+                raise ValueError("a cell must consist of strings, and its number of epochs must be a positive integer")
             if name not in rows:
                 rows[name] = len(encodings)
                 encodings.append(_encode_101(bits, ops.split(","), name))
@@ -182,7 +182,7 @@ def _encode_101(bits: str, ops: list[str], name: str) -> list[int]:
 # ---- NAS-Bench-201: pickles -----------------------------------------------------------------------------------------
 
 
-_LEGACY_PYTORCH = 0x1950A86A20F9469CFC6C  # then come pickles of a version, of the system, and of the object
+_LEGACY_PYTORCH = 0x1950A86A20F9469CFC6C  # a first pickle; then come three: version, system, object
 
 
 def _unpickled(path: Path) -> Any:
@@ -229,7 +229,7 @@ def read_nas_bench_201(path: str | os.PathLike[str]) -> Benchmark:
       NaN.
 
     Raises:
-      ValueError: if the file is something else or damaged, or if it asks for a class or function that is not a
+      ValueError: if the file is damaged or is of another kind, or if it names a class or function that does not make a
         container or a number.
 
     Source: Dong & Yang, ICLR 2020, https://arxiv.org/abs/2001.00326
@@ -303,8 +303,8 @@ def read_nas_bench_301(path: str | os.PathLike[str]) -> Benchmark:
     """Reads the training logs of NAS-Bench-301: networks of the DARTS space, trained on CIFAR-10.
 
     Errors are in %, costs in seconds of training. A network that was trained more than once is one row of means. The
-    reader keeps only the logs with the most frequent depth, width and number of epochs. Other logs are of other
-    networks.
+    reader keeps only the logs of one depth, width and number of epochs, those with the most networks. The other logs
+    are of networks of other sizes, or of other numbers of epochs.
 
     Args:
       path: path of the folder, such as nb_301_v13; all files "results_*.json" below it are read.
@@ -315,7 +315,7 @@ def read_nas_bench_301(path: str | os.PathLike[str]) -> Benchmark:
       `darts_space`, so `genotype_from_configuration` makes the genotype of a row.
 
     Raises:
-      ValueError: if no such file exists, or if a file holds something else.
+      ValueError: if no such file exists, or if a file is not a log of NAS-Bench-301.
 
     Source: Siems et al., ICLR 2022, https://arxiv.org/abs/2008.09777
     """

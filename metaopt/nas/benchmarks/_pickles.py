@@ -1,11 +1,12 @@
 """Reads the containers, texts and numbers of a pickle. Nothing in the pickle is imported, called or executed.
 
-A pickle is a program for a stack machine. This machine knows the instructions of protocols 2 to 5 that build plain
-values, NumPy's scalars, and PyTorch's tensors, which become None. It rejects every other instruction and name.
+A pickle is a program for a stack machine. This module is such a machine with few instructions: those of protocols 2 to
+5 that build plain values, NumPy's scalars, and PyTorch's tensors, which become None. It rejects every other instruction
+and name.
 
-Time and memory are proportional to the length of the data. The memo is a dict. A text must end within the data. An
-integer has at most 16 bytes. Keys of dicts are plain values, because the hash of nested tuples can take exponential
-time.
+Four rules keep time and memory proportional to the length of the data. The memo is a dict, so a large index takes no
+memory. A text must end within the data. An integer has at most 16 bytes. Keys of dicts are plain values, because the
+hash of nested tuples can take exponential time.
 """
 
 import re
@@ -113,7 +114,7 @@ def read_pickle(data: bytes, start: int = 0) -> tuple[Any, int]:
         elif code == 0x95:  # FRAME, whose length is not needed
             position += 8
         else:
-            raise ValueError(f"The instruction {code:#04x} at byte {position - 1} is not read.")
+            raise ValueError(f"The instruction {code:#04x} at byte {position - 1} is not supported.")
 
 
 def _sized(data: bytes, position: int, length: struct.Struct, most: int | None = None) -> tuple[bytes, int]:
@@ -121,7 +122,9 @@ def _sized(data: bytes, position: int, length: struct.Struct, most: int | None =
     (size,) = length.unpack_from(data, position)
     start = position + length.size
     if size > (len(data) - start if most is None else most) or start + size > len(data):
-        raise ValueError(f"The {size} bytes at byte {start} are more than there may be.")
+        raise ValueError(
+            f"The length {size} of the value at byte {start} is larger than allowed or than the rest of the data."
+        )
     return data[start : start + size], start + size
 
 
@@ -156,7 +159,7 @@ def _container(stack, kind):
 def _key(value):
     parts = value if isinstance(value, tuple) else (value,)
     if not all(part is None or isinstance(part, str | bytes | int | float) for part in parts):
-        raise ValueError(f"A key must be a text or a number, or a tuple of them; got a {type(value).__name__}.")
+        raise ValueError(f"A key must be a string or a number, or a tuple of them; got a {type(value).__name__}.")
     return value
 
 
@@ -180,11 +183,11 @@ def _set_state(stack, state):
 
 def _allowed_name(module, name):
     if not (isinstance(module, str) and isinstance(name, str)):
-        raise ValueError("The file asks for a name that is not a text.")
-    asked = _Name(module, name)
-    if asked not in _CALLS and asked not in _TENSORS and not (module == "torch" and name.endswith("Storage")):
-        raise ValueError(f"The file asks for {module}.{name}, which is not a container or a number.")
-    return asked
+        raise ValueError("The name of a class or function in the file is not a string.")
+    full_name = _Name(module, name)
+    if full_name not in _CALLS and full_name not in _TENSORS and not (module == "torch" and name.endswith("Storage")):
+        raise ValueError(f"The file names {module}.{name}, which is not a supported class or function.")
+    return full_name
 
 
 def _scalar(dtype, data=b""):

@@ -39,12 +39,12 @@ class Benchmark(NamedTuple):
         fidelity.
       cost: [A, T, F] seconds of training; NaN if unknown.
       query: `(architecture, task, fidelity) -> (outcome, cost)`. The architecture is a row of integers and the task is
-        a name. The fidelity is 1.0 by default and must equal one of `fidelities` to within 1e-3. It raises ValueError
-        if the table has no such entry, or if the architecture was not trained there. For NAS-Bench-101 an architecture
-        may also be a `Graph` or a genotype of `nas_bench_101_space`, which is found by its hash. Three benchmarks also
-        take genotypes: NAS-Bench-201 of `nas_bench_201_space`, the micro space of TransNAS-Bench-101 of
-        `trans_nas_bench_101_space`, and NAS-Bench-Macro of `nas_bench_macro_space`. NAS-Bench-201 also takes its own
-        text form.
+        a name. The fidelity is 1.0 by default and must equal one of `fidelities` to within 1e-3. `query` raises
+        ValueError if the table has no such entry, or if the architecture was not trained there. In some benchmarks, an
+        architecture may have other forms. NAS-Bench-101: a `Graph`, or a genotype of `nas_bench_101_space`; both are
+        found by their hash. NAS-Bench-201: a genotype of `nas_bench_201_space`, or the text form of the benchmark. The
+        micro space of TransNAS-Bench-101: a genotype of `trans_nas_bench_101_space`. NAS-Bench-Macro: a genotype of
+        `nas_bench_macro_space`.
     """
 
     name: str
@@ -194,13 +194,13 @@ _CHAINS = {
 def _query(table: Benchmark, rows: _Rows, architecture: Any, task: str, fidelity: float = 1.0) -> tuple[float, float]:
     """The outcome and the cost of an architecture: `Benchmark.query`."""
     row = _row(rows, architecture)
-    near = [i for i, each in enumerate(table.fidelities) if abs(each - fidelity) < 1e-3]
-    if row is None or task not in table.tasks or not near:
+    fidelity_indices = [i for i, each in enumerate(table.fidelities) if abs(each - fidelity) < 1e-3]
+    if row is None or task not in table.tasks or not fidelity_indices:
         raise ValueError(
             f"{table.name} has {len(rows.by_encoding)} architectures, the tasks {', '.join(table.tasks)} and the "
             f"fidelities {', '.join(map(str, table.fidelities))}; got {architecture}, {task!r}, {fidelity}."
         )
-    entry = row, table.tasks.index(task), near[0]
+    entry = row, table.tasks.index(task), fidelity_indices[0]
     if np.isnan(table.valid[entry]):
         raise ValueError(f"{table.name}: {architecture} was not trained on {task!r} at the fidelity {fidelity}.")
     return float(table.valid[entry]), float(table.cost[entry])
@@ -282,5 +282,5 @@ def _graph(benchmark: Benchmark, encoding: Iterable[int]) -> Graph:
         matrix[1:5, 5] = ~matrix[1:5].any(1)  # nodes without a successor lead to the output
         graph = Graph(tuple(map(tuple, matrix.tolist())), ("input", *(_GRAPH_OPS[x] for x in digits[1:]), "output"))
     else:
-        raise ValueError(f"The architectures of {benchmark.name!r} are not known as graphs.")
+        raise ValueError(f"The architectures of {benchmark.name!r} cannot be converted to graphs.")
     return pruned(graph) or Graph(((0, 0), (0, 0)), ("input", "output"))

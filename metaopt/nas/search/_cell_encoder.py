@@ -84,15 +84,16 @@ def cells(graphs: Sequence[_graphs.Graph], ops: Sequence[str], *, num_vertices: 
       ValueError: if a graph has a cycle, or more than V vertices.
     """
     index = {op: i for i, op in enumerate(ops)}
-    most = max(len(graph.ops) for graph in graphs) if num_vertices is None else num_vertices
-    labels, edges = np.zeros((len(graphs), most), np.int32), np.zeros((len(graphs), most, most), bool)
-    mask = np.zeros((len(graphs), most), bool)
+    num_vertices = max(len(graph.ops) for graph in graphs) if num_vertices is None else num_vertices
+    labels = np.zeros((len(graphs), num_vertices), np.int32)
+    edges = np.zeros((len(graphs), num_vertices, num_vertices), bool)
+    mask = np.zeros((len(graphs), num_vertices), bool)
     for a, graph in enumerate(graphs):
         size = len(graph.ops)
         labels[a, :size], mask[a, :size] = [index[op] for op in graph.ops], True
         edges[a, :size, :size] = graph.matrix
     paths, depth, height = edges.copy(), np.zeros_like(labels), np.zeros_like(labels)
-    for _ in range(most - 1):
+    for _ in range(num_vertices - 1):
         paths = paths | (paths.astype(np.uint8) @ edges.astype(np.uint8) > 0)
         depth = np.where(edges, depth[:, :, None] + 1, 0).max(1)
         height = np.where(edges, height[:, None] + 1, 0).max(2)
@@ -107,8 +108,8 @@ def cell_encoder(
     """A scorer of cells for tasks. `nas.train_cell_searcher` trains it by `cell_ranking_loss`.
 
     Args:
-      num_ops: the number of op names, including the input's and the output's. It is not checked that the indices are
-        smaller.
+      num_ops: the number of op names, including the input's and the output's. The indices in `Cells.ops` must be
+        smaller; this is not checked.
       num_vertices: V.
       num_features: F, of a task; with 0 the scores are the same for all tasks.
       width: the width of a token and of z, a multiple of 4 (the number of heads).
@@ -187,7 +188,7 @@ def _encode(meta_params, cell: Cells) -> jax.Array:
         return x + jax.nn.relu(norm(x) @ layer["up"]) @ layer["down"], None
 
     x, _ = jax.lax.scan(step, x, meta_params["layers"])
-    # A sum, because the number of ops matters: attention averages and does not keep it.
+    # A sum keeps the number of ops, which matters. Attention averages, so it loses this number.
     total = jnp.where(cell.mask[:, None], x, 0).sum(0) / np.sqrt(len(x))
     return jax.nn.relu(total @ meta_params["out"] + meta_params["bias"])
 
@@ -197,8 +198,8 @@ def cell_ranking_loss(scores: jax.Array, outcomes: jax.Array) -> jax.Array:
 
         Σ_{i, j: y_i < y_j} |q_i − q_j| log(1 + exp(s_j − s_i)) / Σ |q_i − q_j|
 
-    Here q are the normal scores of the outcomes. So the best and the worst cells count more than those in the middle,
-    and the units of a task do not matter.
+    Here q are the normal scores of the outcomes: standard normal quantiles of their ranks. So the best and the worst
+    cells count more than those in the middle, and the units of a task do not matter.
 
     Args:
       scores: [N] s, larger is better.

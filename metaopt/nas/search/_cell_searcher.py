@@ -1,4 +1,4 @@
-"""A searcher h of cells: its predictions and suggestions, by the parts that `train_cell_searcher` learned."""
+"""A searcher h of cells: computes predictions and suggestions from the parts that `train_cell_searcher` learned."""
 
 import functools
 import warnings
@@ -51,16 +51,17 @@ class CellSearcher(NamedTuple):
       searcher: `(new_task) -> Searcher` that asks for the suggestions of `suggest`; the space of its `init` may be
         None. It ignores reported trials of configurations that are not candidates. `predict`, `suggest` and
         `posterior` reject them.
-      posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores.
-        Without trials and without knowledge of the task, the mean is that of `prior`. For a task with features, the
-        change that they cause in the encoder's mean score is added, times `slope`.
+      posterior: `(new_task, trials) -> (mean, variance)` of the candidates' scores. Without trials and without
+        knowledge of the task, the mean is the mean of `prior`. If the task has features, they change the encoder's mean
+        score, and `slope` times this change is added.
       scores: `(new_task) -> [members, candidates]` from the encoder only, larger is better. The scores of each member
         have mean 0 and variance 1 over the candidates. Their spread shows how far members agree.
       prior: the prior from the earlier tasks. Its `mean` is the average of an architecture's scores there, shrunk
-        towards the predictions of the encoder and of a linear model of entries and their pairs. How far was chosen by
-        leaving out one earlier task at a time. An architecture that no task tried has only these predictions.
-      slope: [] the weight of a change of the encoder's mean score by features; 0 if features did not improve the choice
-        on earlier tasks.
+        towards the predictions of the encoder and of a linear model of entries and their pairs. The weights of this
+        shrinkage were chosen by leaving out one earlier task at a time. If no task tried an architecture, its mean has
+        only these predictions.
+      slope: [] the weight of the change that features cause in the encoder's mean score; 0 if features did not improve
+        the choice on earlier tasks.
       encoded: [members, candidates, width], z: features of architectures in which a member's scores are linear.
       encoder: the encoder of cells.
       meta_params: the encoder's weights, leaves [members, ...].
@@ -175,13 +176,14 @@ def _scores(model: _Model, new_task: Any = None) -> np.ndarray:
         )
     with np.errstate(over="ignore"):
         standard = ((np.asarray(features, float) - model.center) / model.scale).astype(jnp.result_type(float))
-    # As in training, infinite features are unknown. They would make every score NaN, and the first candidate the best.
+    # As in training, infinite features count as unknown. Otherwise every score would be NaN, and the first candidate
+    # would be chosen.
     coefficients = model.coefficients(jnp.asarray(np.where(np.isfinite(standard), standard, 0)))
     return standardized(coefficients, model.encoded, model.encoded)
 
 
 def _task_prior(model: _Model, new_task: Any) -> _score_prior.ScorePrior:
-    """The prior with the mean for a task, which its features change."""
+    """The prior for a new task: its features shift the mean."""
     any_task, this_task = (_scores(model, task).mean(0) for task in (None, new_task))
     return model.prior._replace(mean=model.prior.mean + model.slope * (this_task - any_task))
 
@@ -271,13 +273,13 @@ def _searcher(model: _Model, new_task: Any = None) -> base.Searcher:
         return CellSearcherState(tuple(int(word) for word in np.ravel(jax.random.key_data(key))), (), 0)
 
     def ask(state, num):
-        asked = []
+        trials = []
         for _ in range(num):
             seed = int(np.random.default_rng((*state.seed, state.num_asked)).integers(2**31))
             best = _next(model, prior, state.trials)
-            asked.append(base.Record("", best, seed=seed, status="WAITING", trial=state.num_asked))
-            state = state._replace(trials=(*state.trials, asked[-1]), num_asked=state.num_asked + 1)
-        return asked, state
+            trials.append(base.Record("", best, seed=seed, status="WAITING", trial=state.num_asked))
+            state = state._replace(trials=(*state.trials, trials[-1]), num_asked=state.num_asked + 1)
+        return trials, state
 
     def tell(state, records):
         pending = ("WAITING", "RUNNING")
@@ -297,11 +299,14 @@ def members_coefficients(encoder):
     return jax.jit(jax.vmap(encoder.coefficients, in_axes=(0, None)))
 
 
-def standardized(coefficients, encoded, among) -> np.ndarray:
-    """Returns [members, architectures] scores. Over `among`, each member's scores have mean 0 and variance 1."""
+def standardized(coefficients, encoded, reference_encoded) -> np.ndarray:
+    """Returns [members, architectures] scores of `encoded`.
+
+    They are shifted and scaled so that each member's scores of `reference_encoded` have mean 0 and variance 1.
+    """
     c = np.asarray(coefficients, np.float64)
-    scores, others = (np.einsum("maw,mw->ma", z, c) for z in (encoded, among))
-    return (scores - others.mean(1, keepdims=True)) / (others.std(1, keepdims=True) + 1e-12)
+    scores, reference = (np.einsum("maw,mw->ma", z, c) for z in (encoded, reference_encoded))
+    return (scores - reference.mean(1, keepdims=True)) / (reference.std(1, keepdims=True) + 1e-12)
 
 
 def columns(

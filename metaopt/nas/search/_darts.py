@@ -145,7 +145,7 @@ def gdas(
 def pc_darts(
     network: _specs.Space, in_shape: Sequence[int], *, ops: Mapping[str, _ops.Op], partial: int = 4, **options: Any
 ) -> Search:
-    """PC-DARTS: only 1/K of the channels goes through the ops, and the edges into a node share its weight.
+    """PC-DARTS: only 1/K of the channels go through the ops, and a softmax weights the edges into each node.
 
     Args:
       network: the spec of the network to search; K divides its channels.
@@ -155,7 +155,8 @@ def pc_darts(
       **options: as for `architecture_search`.
 
     Returns:
-      A `Search`, first-order. (As published, α does not move in the first epochs: use a schedule for its rate.)
+      A `Search`, first-order unless `order` is given. (In the paper, α is not updated in the first epochs. For this,
+      use a schedule for the rate of α.)
 
     Source: Xu et al., ICLR 2020, https://arxiv.org/abs/1907.05737
     """
@@ -219,10 +220,10 @@ def beta_darts(
 
     Source: Ye et al., CVPR 2022, https://arxiv.org/abs/2203.01665
     """
-    grow = optax.linear_schedule(0.0, weight, num_steps)
+    weight_schedule = optax.linear_schedule(0.0, weight, num_steps)
 
     def decay(alpha, step):
-        value = grow(step) * _relaxations.beta_decay(alpha)
+        value = weight_schedule(step) * _relaxations.beta_decay(alpha)
         return value if penalty is None else value + penalty(alpha, step)
 
     return darts(network, in_shape, ops=ops, penalty=decay, **{"order": "first", **options})

@@ -1,4 +1,4 @@
-"""h(t') by hypergradient: a predictor of the architecture for a task, learned over many tasks with a shared start.
+"""Learns a predictor h of α for a task, and a shared start θ_0 of training, by hypergradients over many tasks.
 
     α = h(t; φ),    θ_0 shared,    F(φ, θ_0) = Σ_t f_t(θ_T(θ_0, h(t; φ)), h(t; φ))
 
@@ -82,9 +82,9 @@ def meta_architecture_search(
       search: a search for one task; its `estimator` is the rule that learns h.
       predictor: h, whose prediction is α as `search` takes it. Use `predictors.mlp` for a task's features, or
         `predictors.dataset_embedding` for its rows. Their space has `spaces.real` leaves, one [edges, ops] for each
-        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`,
-        which must have one (`{"space": spaces.to_json(space)}`). With `spread`, α is the center of the distribution,
-        and the estimator does not train h.
+        kind. `spaces.Unconstrained` predictions are converted by the space in `predictor.config`, which must have one
+        (`{"space": spaces.to_json(space)}`). If h predicts a spread, α is the center of the distribution. The estimator
+        rejects such an h, since a spread has no gradient here.
       num_steps: steps of fine-tuning, at least 0. Each is one step of the weights, starting from θ_0, and then one
         step of α.
       ahead: virtual steps of `hypergrad.lookahead` in fine-tuning; 1 is second-order DARTS, 0 is first-order DARTS.
@@ -94,8 +94,9 @@ def meta_architecture_search(
       A `MetaArchitecture`; its estimator is of the same kind as that of the search.
 
     Raises:
-      ValueError: if `search` is the result of `under_budget`; at trace time, if h predicts α of other kinds or shapes
-        than the search has, or if the estimator meets an h with a spread.
+      ValueError: if `search` is the result of `under_budget`.
+      ValueError: at trace time, if h predicts α of other kinds or shapes than the search has, or if the estimator is
+        used with an h that predicts a spread.
 
     Sources: Elsken et al., CVPR 2020 (MetaNAS), https://arxiv.org/abs/1911.11090; Lian et al., ICLR 2020 (T-NAS).
 
@@ -162,7 +163,7 @@ def _alpha(predictor, template, meta_params, task, is_trained=False):
     prediction = predictor.apply(meta_params["h"], task)
     alpha = _proposals.center_of(prediction)
     if is_trained and alpha is not prediction:
-        raise ValueError("`predictor` predicts a spread, which has no gradient here: make h without `spread`.")
+        raise ValueError("`predictor` predicts a spread, which gets no gradient here. Create it without `spread`.")
     if isinstance(alpha, spaces.Unconstrained):
         alpha = spaces.to_constrained(spaces.from_json(predictor.config["space"]), alpha)
     shapes = lambda tree: {jax.tree_util.keystr(path) or "α": x.shape for path, x in tree_leaves_with_path(tree)}

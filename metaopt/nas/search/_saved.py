@@ -105,7 +105,7 @@ def _decode_meta_architecture(
 ) -> TrainedMetaArchitecture:
     for name, value in _identity(meta).items():
         if header[name] != value:
-            raise ValueError(f"it is of another `{name}` than this search: {header[name]}, not {value}")
+            raise ValueError(f"its `{name}` differs from that of this search: {header[name]}, not {value}")
     template = jax.eval_shape(meta.hyperparams, jax.random.key(0))
     leaves = _saving.tree_from_leaves("", file.floats(_saving.shapes("", template)), template)
     return TrainedMetaArchitecture(meta, jax.tree.map(lambda x, leaf: jnp.asarray(x, leaf.dtype), leaves, template))

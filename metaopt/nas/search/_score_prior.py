@@ -1,14 +1,15 @@
 """Scores of a finite set of architectures on a new task, predicted in closed form from earlier tasks and trials.
 
-Losses of a task become normal scores, since tasks have different metrics. In features φ(a), a task is a vector of
-coefficients c_t. Its Gaussian prior is fitted to the earlier tasks T. The features do not explain the whole score of an
-architecture. The rest has a part that all tasks share (u), a part of this task only (d), and validation noise (ε):
+Losses of a task become normal scores, since tasks have different metrics. Scores are linear in features φ(a) of an
+architecture, and each task t has its own coefficients c_t. The coefficients c_t' of the new task have a Gaussian prior,
+whose mean and covariance come from the T earlier tasks. The features do not explain the whole score of an architecture.
+The rest has a part that all tasks share (u), a part of this task only (d), and validation noise (ε):
 
     score_t(a) = φ(a)·c_t + u_a + d_at + ε,    c_t' ~ N(mean_T c, cov_T c + diag(cov_T c))
 
 The variances of φ's blocks maximize the marginal likelihood of the earlier tasks' scores. The variances of u, d and ε
-are moments of the residuals of validation and test scores: tasks share u, and validation and test of one task share u
-and d.
+are computed from mean products of residuals. The residuals of two tasks share only u. The validation and test residuals
+of one task share u and d.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_PAIRS = 1_000  # of columns for pairs of entries; if there could be more, only single entries get columns
+MAX_PAIRS = 1_000  # columns for pairs of entries; if there could be more, only single entries get columns
 
 
 class ScorePrior(NamedTuple):
@@ -114,25 +115,43 @@ def score_prior(
     both = tried & np.isfinite(tests)
     rest, rest_test = np.where(tried, scores - fitted, 0.0), np.where(both, tests - fitted, 0.0)
     times = tried.sum(1)  # [A]
-    total = (rest**2).sum() / tried.sum()
-    together = (rest.sum(1) ** 2 - (rest**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
-    shared = max(together, 0.0)  # u
-    real = min(max((rest * rest_test).sum() / max(both.sum(), 1), shared), total)  # u and d
+    shared, real, total = _residual_variances(rest, rest_test, tried, both)
     trust = shared / np.maximum(shared + (total - shared) / np.maximum(times, 1), 1e-12) * (times > 0)
     mean = coefficients.mean(1)
-    apart = (coefficients - mean[:, None]) / np.sqrt(max(num_tasks - 1, 1))
+    deviations = (coefficients - mean[:, None]) / np.sqrt(max(num_tasks - 1, 1))
     return ScorePrior(
         features,
         features @ mean + trust * rest.sum(1) / np.maximum(times, 1),
-        features @ apart,
-        (apart**2).sum(1),
+        features @ deviations,
+        (deviations**2).sum(1),
         shared * (1 - trust) + real - shared,
         max(total - real, 1e-6),
     )
 
 
+def _residual_variances(
+    rest: np.ndarray, rest_test: np.ndarray, tried: np.ndarray, both: np.ndarray
+) -> tuple[float, float, float]:
+    """The variances of u, of u + d and of u + d + ε, from mean products of residuals.
+
+    Args:
+      rest: [A, T] residuals of the validation scores, 0 where not tried.
+      rest_test: [A, T] residuals of the test scores, 0 where not in `both`.
+      tried: [A, T] whether an architecture was tried.
+      both: [A, T] whether it also has a test score.
+    """
+    times = tried.sum(1)
+    total = (rest**2).sum() / tried.sum()
+    # Over pairs of two tasks, Σ_{s ≠ t} r_s r_t = (Σ_t r_t)² − Σ_t r_t²; such residuals share only u.
+    shared_moment = (rest.sum(1) ** 2 - (rest**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
+    shared = max(shared_moment, 0.0)
+    # The validation and test residuals of one task share u and d.
+    real = min(max((rest * rest_test).sum() / max(both.sum(), 1), shared), total)
+    return shared, real, total
+
+
 def task_coefficients(blocks: Sequence[tuple[np.ndarray, Sequence[float]]], scores: np.ndarray) -> np.ndarray:
-    """Fits each task by itself: [D, T] expected coefficients given its scores, as `score_prior` does."""
+    """Fits each task separately, as `score_prior` does: [D, T], the posterior means of each task's coefficients."""
     features = np.concatenate([block for block, _ in blocks], 1)
     groups = _groups(features, scores)
     widths = [block.shape[1] for block, _ in blocks]
@@ -155,7 +174,7 @@ class _Group(NamedTuple):
 
     Attributes:
       tasks: indices of the k tasks.
-      features: [n, D] Φ of these architectures; only up to n = D.
+      features: [n, D] Φ of these architectures if n ≤ D, else empty.
       scores: [n, k] y.
       gram: [D, D] ΦᵀΦ if n > D, else None.
       products: [D, k] Φᵀy.

@@ -1,16 +1,16 @@
-"""The expected scores on a new task: the average of the earlier tasks' scores, and how far models correct it.
+"""The expected scores on a new task: the average of the earlier tasks' scores, corrected by two models.
 
 A score is a normal score, a rank within its task. The average over the tasks that tried an architecture is noisy: the
-best of many averages owes part of its rank to chance. Two models of architectures are less noisy and know less: a
-linear model of entries and their pairs, and the encoder. The average is shrunk towards their mixture.
+best of many averages owes part of its rank to chance. Two models have less noise, but know less about a single
+architecture: a linear model of entries and their pairs, and the encoder. The average is shrunk towards their mixture m.
 
     mean(a) = m(a) + trust_a · (average − m)(a),    m = (1 − v) · linear + v · encoder,    trust_a = n_a / (n_a + κ)
 
-An architecture that n_a of T tasks tried keeps its own average to the share trust_a, with κ = T · w / (1 − w). So w = 0
-is the plain average, and w = 1 the models only. Architectures that no task tried have n_a = 0: the models predict them.
-The difference of average and m is over those n_a tasks, so tasks that lack an architecture count as m expects.
+n_a is the number of the T tasks that tried the architecture a, and κ = T · w / (1 − w). So w = 0 is the plain average,
+and w = 1 the models only. If no task tried an architecture, only the models predict it. (average − m)(a) is the mean
+difference over the n_a tasks. So a task that did not try the architecture counts as if its score were m.
 
-The weights are those for which the choice is best on earlier tasks, each predicted from the other ones.
+The weights are those that give the best choices on earlier tasks, when each task is predicted from the other ones.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 _SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 _ENCODER = (0.0, 0.5, 1.0)
 _FEATURES = (0.0, 0.5, 1.0, 2.0)
-_TOP = 100  # a choice is judged by the best hundredth of all architectures, since the very best one is left to chance
+_TOP = 100  # a choice is judged by the 1/100 with the largest expected scores, as the result of the first one is noisy
 
 
 class ScoreWeights(NamedTuple):
@@ -29,7 +29,7 @@ class ScoreWeights(NamedTuple):
     Attributes:
       models: w in [0, 1], how far an average over all earlier tasks is shrunk towards the models.
       encoder: v in [0, 1], the share of the encoder in the models.
-      features: in [0, 1], the weight of the change that the features of a task cause in the encoder's prediction.
+      features: in [0, 2], the weight of the change that the features of a task cause in the encoder's prediction.
     """
 
     models: float
@@ -45,7 +45,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
       scores: [A, T] `normal_scores` of validation losses, NaN if an architecture was not tried.
-      judged: [A, T] the same of the losses by which a choice is judged.
+      judged: [A, T] `normal_scores` of the losses by which a choice is judged, NaN if unknown.
       fitted: [A, T] the linear model's fit to each task.
       encoder: [A, T] scores by encoders that were not trained on the task, without its features.
       shift: [A, T] the change of these scores by the features of the task.
@@ -70,7 +70,8 @@ def expected_scores(
       weights: see `ScoreWeights`.
 
     Returns:
-      [A], and the score that a unit of `encoder` is worth: the slope of a regression on the averages.
+      The expected scores [A], and the slope that converts units of `encoder` to units of scores. It is the slope of the
+      regression of the averages on `encoder`.
     """
     tried = np.isfinite(scores)
     times = tried.sum(1)
@@ -83,17 +84,18 @@ def expected_scores(
     trust = times * kept / np.maximum(times * kept + scores.shape[1] * weights.models, 1e-12)
     v = weights.encoder
     model = (1 - v) * fitted.mean(1) + v * learned
-    # The part of the average that the models miss, on the tasks that the average is of.
+    # The part of the average that the models miss, over the tasks that tried the architecture.
     return model + trust * (average - (1 - v) * over_tried(fitted) - v * learned), slope
 
 
 def choose_weights(held_out: HeldOut) -> ScoreWeights:
-    """The weights with the best choice on the tasks of `held_out`, each predicted from the other ones.
+    """The weights with the best choices on the tasks of `held_out`, when each task is predicted from the other ones.
 
-    The value of weights on a task is the mean percentile of the architectures with the largest expected scores, a
-    hundredth of those with a result. First `models` is chosen with the linear model only: the smallest weight with the
-    largest mean value. Then `encoder` and `features` in turn. They are positive only if their gain exceeds its standard
-    error over tasks: few tasks distinguish few weights, and a network misleads more than an average.
+    On each task, it takes the architectures with the largest expected scores: 1/100 of those with a result, at least
+    one. The value of the weights on this task is the mean percentile of their results. First `models` is chosen, with
+    the linear model only: the smallest weight with the largest mean value over tasks. Then `encoder` is chosen, and
+    then `features`. They are positive only if the gain in value exceeds its standard error over tasks. The reason is
+    that a few tasks cannot distinguish many weights, and that a network misleads more than an average.
 
     Raises:
       ValueError: if `held_out` has fewer than two tasks.

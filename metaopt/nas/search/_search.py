@@ -1,7 +1,8 @@
 """The contract of all architecture searches, `Search`, and the factory behind them, `architecture_search`.
 
 A method with a paper's name sets options of `architecture_search` and adds no numerics. The example of
-`architecture_search` adds one in a few lines; `tests/nas/test_searches.py` says how it joins the tests.
+`architecture_search` adds such a method in a few lines. `tests/nas/test_searches.py` explains how to add it to the
+tests.
 """
 
 import functools
@@ -108,8 +109,9 @@ def architecture_search(
       decode: the relaxation by which genotypes are read from α, at step 0 and with one fixed key. The default is
         `relaxation` without noise and auxiliary paths. If your own relaxation has noise or a schedule, pass another one
         here.
-      penalty: `(α, step) -> []`. Make a cost penalty from the network that is searched. With `keep=1`, that is
-        `nas.resource_penalty(table, network._replace(keep=1), ...)`; for another network it counts other edges.
+      penalty: `(α, step) -> []`. A penalty on cost must be made for the network that is searched, including its
+        `keep`; otherwise it counts other edges. With `keep=1`, pass
+        `nas.resource_penalty(table, network._replace(keep=1), ...)`.
       partial: as for `nas.supernet`.
       single_path: as for `nas.supernet`.
       remat_edges: as for `nas.supernet`.
@@ -218,7 +220,7 @@ def _alpha(learn_init: bool, hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def _outputs(supernet, relaxation, params, alpha, batch, context):
-    mask = _batches.row_mask(batch)  # first, since it explains a batch of another form
+    mask = _batches.row_mask(batch)  # first, because its error explains a batch of the wrong form
     weights = _relaxations.mixing_weights(relaxation, supernet.network, alpha, context.key, context.step)
     return supernet.apply(params, weights, batch["x"], None, mask)
 

@@ -21,9 +21,9 @@ class ArchitectureScores(NamedTuple):
       name: the architecture's name.
       inherited: accuracy with the supernet's weights (one-hot mixing weights).
       retrained: accuracies after training from scratch, one per seed.
-      mixed: accuracy of the supernet with the mixing weights that the architecture was decoded from; NaN if it does
-        not come from a search. If only one op per edge was trained (GDAS), compute it with a `nas.supernet` of the
-        same spec without `single_path`.
+      mixed: accuracy of the supernet with the mixing weights that the architecture was decoded from; NaN if the
+        architecture does not come from a search. If only one op per edge was trained (GDAS), compute this accuracy with
+        a `nas.supernet` of the same spec without `single_path`.
     """
 
     name: str

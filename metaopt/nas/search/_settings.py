@@ -71,9 +71,9 @@ def of_network(network: _specs.Space) -> dict[str, Any]:
 def with_settings(method: Callable[P, S]) -> Callable[P, S]:
     """Wraps a method: its result's `settings` then have the method's name, the network and all arguments except `ops`.
 
-    If methods call one another, the outermost one is named. The arguments of the inner methods, defaults included,
-    override the arguments of the outer one, so writing out a default changes nothing. Settings that a method has
-    already put into its result override its arguments.
+    If methods call one another, `settings` has the name of the outermost one. An argument of an inner method, given or
+    default, overrides the argument of the same name of the outer one. So passing a default explicitly changes nothing.
+    Settings that a method has already put into its result override its arguments.
     """
     signature = inspect.signature(method)
 

@@ -57,8 +57,8 @@ def train_loop(
       SystemExit: the same for SIGTERM, with status 143.
       FloatingPointError: if the loss of 10 consecutive steps was not finite. (`inner.run` continues.)
       ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
-        of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key,
-        other data, another λ, another program or other `settings`.
+        of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key, other data, another λ,
+        another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
     # `fit` traces the data, and the values of traced labels cannot be checked. So let `init` see the arrays once.
@@ -75,7 +75,7 @@ def train_loop(
     result = training.fit(
         training.learner(_plain_training(loop, init_key), optax.set_to_zero()),
         lambda key: {"data": data, "hyperparams": hyperparams},
-        hyperparams=jnp.zeros(0),  # none
+        hyperparams=jnp.zeros(0),  # no λ to learn
         num_steps=num_steps,
         key=fit_key,
         callback=watch,
@@ -93,19 +93,19 @@ def train_loop(
 
 def _no_finite_losses(num_steps: int, data: base.Data) -> str:
     """The message of the exception for losses that are not finite."""
-    y, seen = np.asarray(data.get("y", 0.0) if isinstance(data, Mapping) else 0.0), ""
+    y, label_range = np.asarray(data.get("y", 0.0) if isinstance(data, Mapping) else 0.0), ""
     if y.dtype.kind in "iu":
-        seen = f' ("y" has integers from {y.min()} to {y.max()})'
+        label_range = f' ("y" has integers from {y.min()} to {y.max()})'
     return (
         f"The last {_MAX_NON_FINITE} training losses, up to step {num_steps}, were not finite. Likely causes: labels "
-        f"that are not among the classes 0..C-1 of the loss{seen}, NaN in the data, or a rate that is too large."
+        f"that are not among the classes 0..C-1 of the loss{label_range}, NaN in the data, or a rate that is too large."
     )
 
 
 def _plain_training(loop: base.InnerLoop, init_key: jax.Array) -> base.Estimator:
     """Returns an estimator whose step is an inner step.
 
-    Its task holds the data and the loop's λ. Its own λ is a number without effect.
+    Its task holds the data and the loop's λ. The estimator's own λ is an empty array and has no effect.
     """
 
     def init(key, hyperparams, task):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from metaopt import _checks, base, hypergrad, training
-from metaopt.blackbox._earlier_trials import as_records, by_task, candidate_key, features_by_task, some
+from metaopt.blackbox._earlier_trials import as_records, by_task, candidate_key, features_by_task, first_names
 from metaopt.blackbox._new_trials import as_configurations
 from metaopt.blackbox._surrogates import TaskTrials
 from metaopt.nas import _graphs
@@ -52,11 +52,13 @@ def train_cell_searcher(
 
     On a new task, the expected score of an architecture is the average of its scores on the earlier tasks, where a
     score is a rank within a task. The average is shrunk towards a model, which also predicts architectures that no
-    task tried. The model is linear in the entries of configurations and their pairs. The encoder has a share in it,
-    and the features of the new task change it, as far as this improves the choice on earlier tasks that are left out.
-    For this purpose, each member of the ensemble leaves out some of the tasks. With one task or one member, the weights
-    are fixed. Trials on the new task update the result by Gaussian conditioning, in the features of these models. So
-    the choice after trials is by expected score, not the best observed outcome.
+    task tried. The model is a weighted mean of two predictions: those of a linear model of the entries of
+    configurations and their pairs, and those of the encoder. The features of the new task shift the prediction of the
+    encoder. The weights of the shrinkage, of the encoder and of this shift are those that give the best choices on
+    earlier tasks that are left out. For this purpose, each member of the ensemble leaves out some of the tasks. With
+    one task or one member, these weights are fixed. Trials on the new task update the expected scores by Gaussian
+    conditioning, in the features of these models. So `predict` returns the architecture with the largest expected
+    score, which need not be the one with the best observed outcome.
 
     `blackbox.train_meta_searcher` compares configurations digit by digit. Here, the encoder treats isomorphic cells as
     equal, and knowledge about an op applies at every position of the cell.
@@ -65,16 +67,16 @@ def train_cell_searcher(
       records: trials of earlier tasks, or a data frame of them (`blackbox.records_to_frame`). Complete trials at full
         fidelity count, and their outcomes are averaged over seeds. Failed trials count too: an architecture whose
         trials on a task all failed ranks there below all architectures whose trials ended. A complete trial without
-        a finite outcome has failed, so an architecture that was never tried must have no record
+        a finite outcome counts as failed, so an architecture that was never tried must have no record
         (`nas.Benchmark.records` writes none for a table's NaN). A warning names tasks that have outcomes, but none
         at the full budget. Tasks whose trials all have the same outcome carry no ranking and are left out.
       graph_fn: returns the cell of a configuration, such as `nas.Benchmark.graph` of its digits.
       features: task name -> [F] numbers, NaN where unknown. Tasks without an entry are entirely unknown. A warning is
         given if some tasks have no entry and some entries belong to no task.
       candidates: architectures to choose from; by default, all architectures in the records.
-      tests: records of the same trials whose outcomes are losses that no search sees. The part of the validation
-        outcomes that they do not share is treated as noise. By default, validation is treated as free of noise, and
-        differences between tasks as real. Trials without such a record are left out of this estimate.
+      tests: records of the same trials with test losses, which no search sees. They are used to estimate the noise of
+        validation: the part of a validation outcome that is not in the test loss. Trials without such a record are left
+        out of this estimate. By default, validation is treated as free of noise, and differences between tasks as real.
       width: width of the encoder, a multiple of 4.
       num_layers: layers of the encoder.
       num_members: members of the ensemble. Each task is left out by at least one of them.
@@ -92,8 +94,8 @@ def train_cell_searcher(
       ValueError: if `batch_size` is below 1.
       ValueError: if a record is invalid (unknown status, fidelity outside (0, 1], or non-numeric outcome). Also if no
         record has an outcome, or all outcomes of every task are equal. Also if `candidates` is empty, if features have
-        different lengths, or if all belong to other tasks than the records. Also if no trial of `records` is in
-        `tests`.
+        different lengths, or if no entry of `features` is for a task of the records. Also if no trial of `records` is
+        in `tests`.
 
     Example: a table of nine cells on three tasks, which agree that a path of two MLPs is best:
 
@@ -165,12 +167,12 @@ class _Trials(NamedTuple):
 
     Attributes:
       all_configurations: key -> configuration, of all records.
-      tried: key -> configuration, of those A with a result on a task that is used.
+      tried: key -> configuration, of the A configurations with a result on a task that is used.
       outcomes: [A, T] mean losses, NaN if not tried.
       test_outcomes: [A, T] the same from `tests`; None without them.
       features: [T, F] standardized features of the tasks, 0 where unknown.
-      center: [F] their means before.
-      scale: [F] their deviations before.
+      center: [F] means of the features before standardization.
+      scale: [F] standard deviations of the features before standardization.
     """
 
     all_configurations: dict[tuple, dict[str, Any]]
@@ -229,7 +231,8 @@ def _test_losses(test_names, trials, names, outcomes) -> np.ndarray:
     if not np.isfinite(outcomes + test_outcomes).any():
         raise ValueError(
             "`tests` and `records` must share tasks and configurations, but no configuration has a trial on the same "
-            f"task in both. The tasks of `tests` are {some(test_names)}, those of `records` {some(names)}."
+            f"task in both. The tasks of `tests` are {first_names(test_names)}, those of `records` "
+            f"{first_names(names)}."
         )
     return test_outcomes
 
@@ -308,10 +311,10 @@ def _encoder_scores(encoder, meta_params, encoded, pool_encoded, features) -> np
 
 
 def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -> tuple[_score_prior.ScorePrior, float]:
-    """Returns the prior for all architectures, the first of which were tried, and the weight of the features' change.
+    """Returns the prior for all architectures, and the weight of the shift that a task's features cause.
 
-    `scores_fn` returns the encoder's scores of all architectures for a task. The linear part of the mean uses only
-    entries and their pairs.
+    In `blocks`, the tried architectures come first. `scores_fn` returns the encoder's scores of all architectures for a
+    task. The linear part of the mean uses only entries and their pairs.
     """
     outcomes = trials.outcomes
     tests = outcomes if trials.test_outcomes is None else trials.test_outcomes
@@ -325,13 +328,18 @@ def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -
     any_task = scores_fn(jnp.zeros(trials.features.shape[1]))
     weights = _score_weights.DEFAULT_WEIGHTS
     if left_out.any():
-        apart = left_out.T.astype(float)  # a task's scores are means over the members that did not learn from it
-        apart /= apart.sum(1, keepdims=True)
-        this_task = np.stack([w @ scores_fn(features) for w, features in zip(apart, trials.features, strict=True)], 1)
-        blind = (apart @ any_task).T
+        # A task's scores are means over the members that did not learn from it: [T, members], rows with sum 1.
+        held_out_weights = left_out.T.astype(float)
+        held_out_weights /= held_out_weights.sum(1, keepdims=True)
+        # [A, T] scores, computed with the features of each task, and without.
+        this_task = np.stack(
+            [w @ scores_fn(features) for w, features in zip(held_out_weights, trials.features, strict=True)], 1
+        )
+        blind = (held_out_weights @ any_task).T
         weights = _score_weights.choose_weights(_score_weights.HeldOut(valid, test, fitted, blind, this_task - blind))
     mean, slope = _score_weights.expected_scores(valid, fitted, any_task.mean(0), weights)
     prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], valid, test)
     features = np.concatenate([block for block, _ in blocks], 1)
-    own = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))  # without its share, the encoder has no variance
-    return prior._replace(mean=mean, features=features, own=own), weights.features * slope
+    # 0 for the encoder's features without a share
+    coefficient_variances = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))
+    return prior._replace(mean=mean, features=features, own=coefficient_variances), weights.features * slope

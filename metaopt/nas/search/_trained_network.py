@@ -67,7 +67,7 @@ class TrainedNetwork(NamedTuple):
         if largest > _OTHER_UNITS * self.largest:
             warnings.warn(
                 f"`x` has an entry of size {largest:g}, and the training rows had none above {self.largest:g}. Scale "
-                "`x` as the training rows, or the predictions are wrong.",
+                "`x` like the training rows; otherwise the predictions are wrong.",
                 stacklevel=2,
             )
         outputs = self.outputs(x)
@@ -252,8 +252,8 @@ def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
     before, after = (network.outputs(rows)[~others] for rows in (x, blank))
     if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * np.nanmax(abs(before), initial=0), equal_nan=True):
         raise ValueError(
-            "The outputs of a row still depend on the other rows of the batch: an own op computes over the batch. "
-            "Let it normalize by `nas.normalized`, for which statistics of training rows are known."
+            "The outputs of a row still depend on the other rows of the batch, because one of your own ops computes "
+            "over the batch. Normalize with `nas.normalized` in this op."
         )
 
 
