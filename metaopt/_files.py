@@ -244,8 +244,8 @@ class Npz:
             raise ValueError(f"it has unexpected arrays: {', '.join(unexpected)}")
         for name, shape in shapes.items():
             spec = self.specs.get(name)
-            has_dtype = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
-            if spec is None or spec.shape != shape or not has_dtype:
+            dtype_fits = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
+            if spec is None or spec.shape != shape or not dtype_fits:
                 actual = "it is missing" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
                 expected = others.get(name, "floating-point")
                 raise ValueError(f"the array {name} should be {expected} of shape {shape}, but {actual}")

@@ -81,9 +81,10 @@ def rows_of(table: nas.Benchmark) -> dict[tuple, int]:
 
 
 def curve(trials: Trials, table: nas.Benchmark, task: int, seconds: np.ndarray) -> np.ndarray:
-    """Returns [seconds] test regret of the best so far by validation, at the most epochs that any cell had.
+    """Returns [seconds] test regret of the best cell so far.
 
-    It is NaN before the first training ends.
+    This is the cell with the smallest validation loss among those that were trained for the most epochs so far. The
+    regret is NaN before the first training ends.
     """
     best, spent, next_second, chosen = (-1, np.inf, -1), 0.0, [], []
     num = len(table.fidelities)

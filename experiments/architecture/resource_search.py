@@ -147,7 +147,7 @@ def train_grid(config: Config, table: nas.CostTable, splits) -> Grid:
 
 
 def make_searcher(config: Config, table: nas.CostTable):
-    """Returns `(key, task, budget) -> (mixing weights, the supernet's own)`, one program for all budgets."""
+    """Returns `(key, task, budget) -> (mixing weights, supernet's parameters)`. One program serves all budgets."""
 
     def valid_batch(key, task):
         rows = jax.random.randint(key, (config.batch_size,), 0, len(task.valid["y"]))
@@ -168,7 +168,7 @@ def make_searcher(config: Config, table: nas.CostTable):
 
 
 def gap(config: Config, grid: Grid, searched: list, one_shot: np.ndarray, splits) -> str:
-    """Describes the gap between supernet, discrete and retrained, on validation rows."""
+    """Describes how accuracy differs between supernet, discrete network and retrained network, on validation rows."""
     net, scores = nas.supernet(config.space, IN_SHAPE, ops={}), []
     judge = jax.jit(
         lambda params, weights, rows: (net.apply(params, weights, rows["x"]).argmax(-1) == rows["y"]).mean()
@@ -178,7 +178,7 @@ def gap(config: Config, grid: Grid, searched: list, one_shot: np.ndarray, splits
         each = accuracy(nas.one_hot(config.space, grid.genotypes[a])), (1 - grid.errors[s, a, 0],), accuracy(weights)
         scores.append(nas.ArchitectureScores(f"{a}", *each))
     report = nas.search_report(scores)
-    # Only ranks are compared. The likelihood has the same order as the loss.
+    # Only ranks are compared. The likelihood exp(−loss) ranks the networks as the negative loss does.
     ranks = []
     for s in range(len(splits)):
         each = zip(np.exp(-one_shot[s]), 1 - grid.errors[s, :, 0], strict=True)

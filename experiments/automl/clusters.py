@@ -1,8 +1,8 @@
 """`AutoClusterer` on labeled tables: does it find the classes better than k-means with the silhouette's k?
 
 The methods see the columns without the labels, of at most 500 rows. The score is the adjusted Rand index (ARI) with
-the labels: 0 is chance, 1 is equal. `clusters.json` names the tables for judging, one of each of 15 families. They were
-fixed before the first run, and no choice was made on them. The choices were made on its other tables.
+the labels: 0 is chance, 1 is equal. `clusters.json` lists two sets of tables. The tables for judging, one of each of 15
+families, were fixed before the first run, and no choice was made on them. All choices were made on the other set.
 
     python experiments/automl/clusters.py --full           # minutes on two cores; writes results/clusters.md
     python experiments/automl/clusters.py                  # one seed
@@ -35,7 +35,7 @@ BAR = "k-means, k by silhouette"
 
 
 def sampled(table: tasks.Table, seed: int, max_rows: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """The columns, with categories as such, and the classes of random rows."""
+    """The columns and the classes of random rows. Categorical columns have pandas' categorical dtype."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(table.y))[:max_rows])
     x = table.x[rows]
     columns = {f"x{j}": pd.Categorical(c) if table.categorical[j] else c for j, c in enumerate(x.T)}

@@ -5,7 +5,7 @@
     VENV/bin/python experiments/automl/peers.py FOLDER      # writes predictions to FOLDER; continues after a kill
     python experiments/automl/tables.py --peers FOLDER      # with metaopt: the table with these methods
 
-Every method gets a data frame, with categories as such, and predicts the test rows.
+Every method gets a data frame, whose categorical columns have pandas' categorical dtype, and predicts the test rows.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import pandas as pd
 
 
 def frame(x: np.ndarray, categorical: np.ndarray) -> pd.DataFrame:
-    """The columns, with categories as such, as in `tables.py`."""
+    """The columns as in `tables.py`. Categorical columns have pandas' categorical dtype."""
     return pd.DataFrame({f"x{j}": pd.Categorical(x[:, j]) if categorical[j] else x[:, j] for j in range(x.shape[1])})
 
 

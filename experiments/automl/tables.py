@@ -41,7 +41,7 @@ LOWEST = 1e-4  # a probability in a log loss, for all methods
 SIZES = {"under 500 rows": (0, 500), "500 to 2,000": (500, 2000), "above 2,000": (2000, 10**9)}
 TREES = ("lightgbm", "extra_trees", "random_forest", "xgboost")
 TREES += ("catboost",) if importlib.util.find_spec("catboost") else ()  # as in the estimators
-ABLATIONS = ("without g", "without the network", "without trees")  # with fits of their own; see `_parts_removed`
+ABLATIONS = ("without g", "without the network", "without trees")  # each needs another fit; `_parts_removed` does not
 
 
 class Split(NamedTuple):
@@ -53,7 +53,7 @@ class Split(NamedTuple):
     test: np.ndarray
 
     def frame(self) -> pd.DataFrame:
-        """The columns, with categories as such."""
+        """The columns. Categorical columns have pandas' categorical dtype."""
         x, categorical = self.table.x, self.table.categorical
         columns = {f"x{j}": pd.Categorical(x[:, j]) if categorical[j] else x[:, j] for j in range(x.shape[1])}
         return pd.DataFrame(columns)
@@ -209,7 +209,7 @@ def instant_seconds(splits: list[Split], args) -> str:
             # A folder for each table, since other tables may need some of the same programs.
             with tempfile.TemporaryDirectory() as folder, _cache.compilation_cache(folder):
                 for count, values in enumerate(seconds.values()):
-                    jax.clear_caches()  # of this process; those of the folder stay
+                    jax.clear_caches()  # clears those of this process; the folder keeps its programs
                     values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
                     report(2 * number + count + 1, table=split.table.name)
     rows = [
@@ -228,7 +228,7 @@ def export(splits: list[Split], folder: Path) -> None:
 
 
 def peer(label: str, folder: Path):
-    """Reads what `peers.py` predicted."""
+    """Returns a method that reads the predictions of `peers.py`."""
 
     def method(split: Split, seed: int, args):
         result = json.loads((folder / f"{split.table.name}, {label}.json").read_text())
@@ -419,7 +419,7 @@ def main() -> None:
     for name in dict.fromkeys(also for result in results[reference] for also in result.get("also", ())):
         results[name] = [_also(result, name) for result in results[reference]]
     limited = [r for name, values in results.items() if name.startswith("metaopt") for r in values]
-    late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # kept results may be older than the entry
+    late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # older kept results have no "limit"
     text = report(splits, results, reference)
     text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
     if args.instant:
@@ -442,7 +442,7 @@ def result_name(args) -> str:
 
 
 def _also(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """The result without a part; regression has no calibration, so there the result itself."""
+    """The result without a part. Regression has no calibration to remove, so its result does not change."""
     value, second = result["also"].get(name, (result["loss"], result["second"]))
     return {**result, "loss": value, "second": second}
 

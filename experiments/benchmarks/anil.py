@@ -6,8 +6,9 @@ conv4 of 32 filters (batch statistics) on 8 tasks of 5 ways, 1 shot and 5 query 
 head adapts, at .001.
 
 "At every step" is the same adaptation by `Adaptation.problem`, whose inner loss computes the body, and its derivative,
-at each step. By hand, features are computed before the loop, which is a scan. Every program has the same weights and
-tasks. Each gradient is compared with the hand-written one, and the run fails if an error is above 1e-3.
+at each step. The hand-written program computes the features before the loop, which is a scan. Every program has the
+same weights and tasks. Each gradient is compared with the hand-written one, and the run fails if an error is above
+1e-3.
 
     python experiments/benchmarks/anil.py           # writes experiments/results/anil.md
     python experiments/benchmarks/anil.py --smoke   # seconds; prints only

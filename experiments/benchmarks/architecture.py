@@ -238,7 +238,7 @@ TITLES = {
     "large": "The supernet of DARTS (8 cells, C = 16, 32x32, 64 a batch)",
 }
 
-# These texts contain no measured number: measurements are in the tables, and are replaced with them.
+# These texts contain no measured number. All measurements are in the tables, so a new run replaces them.
 ABOUT = (
     "- An alternation is one step of the weights and one step of α. Its cost cannot be below its number of "
     "operations. DARTS's central difference has more operations than a forward difference, because it takes one more "

@@ -4,10 +4,11 @@ A transformer is trained with Adam for T steps, and each layer is recomputed in 
 for each layer. `hypergrad.unrolled` is compiled for shapes without data, and nothing is run. Its memory is that of the
 arguments, the results and the temporary values, as the compiler states it.
 
-Memory is close to a linear function of w, w², and both times the number of stored steps, for a width w. It is fitted to
-four or six compiled programs for each policy, of two widths and two or three T. The answers follow from the fit: for
-each T the largest width, among multiples of 64, and for each of two widths the largest T of two digits. The programs of
-two answers are compiled for each policy, too, and compared with the prediction.
+For a width w, memory is close to a linear function of w, w², and the products of each with the number of stored steps.
+For each policy, this function is fitted to four or six compiled programs, of two widths and two or three T. The fit
+then gives the answers. For each T, it gives the largest width among multiples of 64. For each of two widths, it gives
+the largest T with two significant digits. For each policy, the programs of two answers are also compiled, and their
+memory is compared with the prediction.
 
     python experiments/benchmarks/capacity.py            # minutes; writes experiments/results/capacity.md
     python experiments/benchmarks/capacity.py --smoke    # less than a minute; prints only
@@ -69,8 +70,8 @@ def millions(model: Model, width: int) -> float:
 def features(width: int, num_steps: int, remat: str) -> np.ndarray:
     """Returns the quantities in which the memory is linear.
 
-    The width is that of activations, and its square that of weights. "none" and "step" store values of all T steps,
-    "sqrt" those of about 2√T, and "grads" both.
+    Activations grow with the width, and weights with its square. "none" and "step" store values of all T steps, "sqrt"
+    those of about 2√T, and "grads" both.
     """
     branches = math.ceil(math.sqrt(num_steps))
     stored = {"none": [num_steps], "step": [num_steps], "sqrt": [branches + num_steps // branches]}
@@ -86,8 +87,8 @@ def fitted(
     Args:
       memory: `(width, num_steps) -> GiB`; each call is a compilation.
       remat: the policy.
-      widths: two.
-      num_steps: three; "grads" needs the last one.
+      widths: two widths.
+      num_steps: three values of T; only "grads" needs the last one.
 
     Returns:
       `(width, num_steps) -> GiB`.
@@ -106,7 +107,7 @@ def largest(memory: Callable[[int], float], candidates: Sequence[int], budget: f
 
 
 def two_digits(limit: int) -> list[int]:
-    """Returns the numbers below `limit` of at most two digits, and zeros behind them."""
+    """Returns the numbers below `limit` with at most two significant digits."""
     numbers = {digits * 10**zeros for zeros in range(len(str(limit))) for digits in range(1, 100)}
     return sorted(number for number in numbers if number < limit)
 

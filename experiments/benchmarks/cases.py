@@ -1,7 +1,7 @@
 """The models of the benchmark of the rules: an MLP, a conv net and a transformer, with Adam.
 
-λ is the learning rate and an L2 penalty for each layer. Initial weights and the rows of every step are data. So every
-program, of any library, does the same arithmetic.
+λ is the learning rate and an L2 penalty for each layer. Initial weights and the rows of every step are inputs of the
+programs. So the programs of all libraries do the same arithmetic.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     text: str  # sizes, in words
     loss: Callable  # (params, batch) -> [], without penalties
     params: dict[str, np.ndarray]
-    train: dict[str, np.ndarray]  # rows first
+    train: dict[str, np.ndarray]  # the first axis is rows
     valid: dict[str, np.ndarray]
     batch_size: int
     hyperparams: dict

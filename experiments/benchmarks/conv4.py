@@ -116,7 +116,7 @@ def measure(by_name: dict, params, settings) -> tuple[dict[str, dict], dict, Cal
         }
         gradients[name] = jax.device_get(program(params))
         calls[name, "once"] = lambda program=program: jax.block_until_ready(program(params))
-        if name == "metaopt":  # the others take a hundred times as long there
+        if name == "metaopt":  # in a scan, the other programs take a hundred times as long
             scanned = jax.jit(several).lower(params).compile()
             calls[name, "scan"] = lambda scanned=scanned: jax.block_until_ready(scanned(params))
     for (name, kind), seconds in medians(calls, settings.repetitions, clock=time.process_time).items():

@@ -47,7 +47,7 @@ def loss(params: list, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class Net(torch.nn.Module):
-    """The same as a module, for libraries that need one."""
+    """The network and its loss as a module, for libraries that need one."""
 
     def __init__(self, params: list):
         super().__init__()

@@ -1,14 +1,14 @@
 """What `training.fit` adds to an outer step of 100 ms: checkpoints, log sinks, progress, and the loop itself.
 
 The step is a hypergradient through the training of an MLP on scikit-learn's digits. The number of inner steps is chosen
-so that a step takes about 100 ms on this machine. λ has the initialization, so that a checkpoint has a megabyte.
+so that a step takes about 100 ms on this machine. λ contains the initial weights, so that a checkpoint has a megabyte.
 
-The program of `fit` and the same compiled step in a bare loop run in turns, in blocks of equally many steps. Each block
-of `fit` has a checkpoint, whose thread writes during the block. The report has the ratio of each pair of blocks.
+`fit` and a bare loop over the same compiled step take turns, in blocks with the same number of steps. In each block of
+`fit`, a thread writes one checkpoint. The report has the ratio of the times of each pair of blocks.
 
-The sinks are a JSONL file, which has each step, and those of TensorBoard (tensorboardX), MLflow and Weights & Biases
-that are installed. These have every tenth step by default (`--every`).
-After the run, the calls of each sink are timed without steps in between.
+The first sink is a JSONL file, which gets every step. The other sinks are TensorBoard (tensorboardX), MLflow and
+Weights & Biases, if they are installed. They get every tenth step by default (`--every`). After the run, the calls of
+each sink are timed without steps in between.
 
     python experiments/benchmarks/overhead.py            # minutes; writes experiments/results/overhead.md
     python experiments/benchmarks/overhead.py --smoke    # seconds; prints only
@@ -118,7 +118,7 @@ def costs(callbacks: dict[str, Callable], first_step: int, metrics: Any) -> dict
 def measured(
     learner: training.Learner, hyperparams: base.HyperParams, task: base.Task, pairs: int, block: int, every: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    """Returns the seconds of `fit` and of the bare loop, [pairs, 2], the costs of the sinks, and how many metrics."""
+    """Returns the seconds of `fit` and of the bare loop [pairs, 2], the costs of sinks, and the number of metrics."""
     step = jax.jit(learner.step, donate_argnums=0)
     last = [{}]
     carried = [jax.tree.map(jnp.copy, learner.init(jax.random.key(0), hyperparams, task))]

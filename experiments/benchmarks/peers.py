@@ -97,7 +97,7 @@ class Problem:
 
 
 class Net(torch.nn.Module):
-    """The same as a module, for libraries that need one."""
+    """The losses of the problem as a module, for libraries that need one."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -223,7 +223,7 @@ def with_higher(problem):
         optimizer = torch.optim.Adam(net.parameters(), lr=float(problem.rate), eps=problem.eps)
         with higher.innerloop_ctx(net, optimizer, override={"lr": [hyperparams[0]]}) as (trained, step):
             for t in range(len(problem.order)):
-                # It adds ε before the bias correction. With a scaled ε, it is the usual Adam.
+                # higher's Adam adds ε before the bias correction. With this scaled ε, it equals the usual Adam.
                 scaled = {"eps": [problem.eps * math.sqrt(1 - B2 ** (t + 1))]}
                 step.step(trained(hyperparams, problem.batch(t)), override=scaled)
             value = trained()
@@ -233,7 +233,10 @@ def with_higher(problem):
 
 
 def with_hypertorch(problem):
-    """Uses its `reverse`, which keeps the trajectory and recomputes each step. It has no Adam, so the map is ours."""
+    """Uses hypertorch's `reverse`, which keeps the trajectory and recomputes each step.
+
+    hypertorch has no Adam, so the map is ours.
+    """
     hypertorch = importlib.import_module("hypergrad")
     if not hasattr(hypertorch, "reverse"):
         raise ModuleNotFoundError("the installed `hypergrad` is another library")

@@ -1,11 +1,13 @@
-"""hypertorch's published examples: its settings, by metaopt, compared with hypertorch itself (`published_peers.py`).
+"""hypertorch's published examples with the same settings in metaopt, compared with hypertorch (`published_peers.py`).
 
 https://github.com/prolearner/hypertorch, at 6241dfa, has four examples: `examples/logistic_regression.ipynb`, the
 equilibrium network's notebook, `examples/iMAML.py`, and `experimental/l2reg_on_twentynews.py`. Here, each is one outer
-step: T inner steps from the start, K of the rule, the hypergradient. The first example is also run to its end.
+step: T inner steps from the start, then K steps of the rule, which give the hypergradient. The first example is also
+run to its end.
 
-20 newsgroups would have to be downloaded. The text is the SMS Spam Collection instead, at a tenth of the rate, since
-training diverges on it at 100. Omniglot's tasks are drawn with our own seed.
+The last example reads 20 newsgroups, which would have to be downloaded. Here, it reads the SMS Spam Collection instead.
+Its rate is 10, a tenth of the published one, since training on this text diverges at 100. Omniglot's tasks are drawn
+with our own seed.
 """
 
 import gzip
@@ -166,7 +168,7 @@ def imaml(smoke: bool) -> Setting:
             f"scale{i}": (width,),
             f"shift{i}": (width,),
         }
-    # As in the example: He's for the kernels, ones and zeros for the rest.
+    # As in the example: He initialization for the kernels, ones and zeros for the rest.
     weights = {
         name: (rng.normal(size=s) * np.sqrt(2 / (9 * width)) if "conv" in name else np.full(s, float("scale" in name)))
         for name, s in shapes.items()
@@ -228,7 +230,7 @@ def omniglot_tasks(rng: np.random.Generator, num_tasks: int) -> tuple[dict, dict
 
 
 def text(smoke: bool) -> Setting:
-    """Two classes of text messages, with a penalty for each word, by its logarithm."""
+    """Two classes of text messages. λ is the logarithm of the penalty of each word."""
     features, num_steps, num_products = (50, 2, 2) if smoke else (5000, 10, 10)
     data = messages(features, 60 if smoke else None)
 

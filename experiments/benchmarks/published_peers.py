@@ -119,7 +119,7 @@ def imaml(hg, example):
     d, num_steps, k = example.data, example.num_steps, example.k
     num_tasks = len(d["x_x"])
     images = {part: d[part + "_x"].reshape(num_tasks, -1, 1, 28, 28) for part in "xq"}  # one channel
-    # Kernels in torch's layout, as in λ there.
+    # Kernels in torch's layout, as in λ of hypertorch's example.
     example.hyperparams = [
         (leaf.detach().permute(3, 2, 0, 1).contiguous() if leaf.ndim == 4 else leaf.detach()).requires_grad_()
         for leaf in example.hyperparams

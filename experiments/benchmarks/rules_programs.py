@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from metaopt import base, hypergrad, inner
 
-# Floors of exact reverse mode by counting forward passes, in units of plain training: without recomputation, one level,
-# two levels.
+# Lower bounds on the time of exact reverse mode, from counting forward passes, in units of plain training. They are for
+# no recomputation, one level of it, and two levels.
 FLOORS = {"none": 2.75, "step": 3.7, "sqrt": 4.7}
 PLAIN, LAYERWISE = "plain training", "each layer recomputed"
 NAIVE, RECOMMENDED = "reverse, none", "mixed, step"  # the report's text names these
@@ -98,7 +98,7 @@ def estimate(rule: Rule, case: cases.Case, num_steps: int) -> Callable:
 
     def program(hyperparams, task):
         if rule.few:
-            # The same point.
+            # The same λ as for the other rules, with one penalty for all layers.
             hyperparams = {"rate": hyperparams["rate"], "decay": jnp.asarray(cases.FEW["decay"])}
         state = estimator.init(jax.random.key(0), hyperparams, task)
         result, _ = estimator.estimate(hyperparams, task, state)

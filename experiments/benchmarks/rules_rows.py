@@ -38,7 +38,7 @@ def number(value, digits):
 
 def error(actual: dict, expected: dict) -> float:
     """Returns `relative_error`, also if λ has only one penalty."""
-    if not isinstance(actual["decay"], dict):  # one penalty for all: the sum of the others
+    if not isinstance(actual["decay"], dict):  # one penalty: its derivative is the sum over the layers
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
     return relative_error(actual, expected)
 

@@ -128,7 +128,8 @@ def side_by_side(
 ) -> tuple[list[list[str]], list]:
     """Compares functions.
 
-    The first one is the unit, and the others must agree with the name that begins with "by hand".
+    Times are relative to the first function. The results of the others must agree with those of the function whose name
+    begins with "by hand".
     """
     unit, hand = next(iter(functions)), next(name for name in functions if name.startswith("by hand"))
     programs = {name: compiled(function, *arguments)[0] for name, function in functions.items()}

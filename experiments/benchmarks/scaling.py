@@ -102,7 +102,8 @@ def estimator_of(options: Options) -> base.Estimator:
     loss = lambda params, hp, tokens: case.loss(params, {"x": tokens})
     sgd = lambda hp: optax.sgd(hp["rate"], momentum=0.9)
     problem = inner.problem(inner.loop(loss, sgd, init=lambda key, hp, data: hp["start"]), loss)
-    # Up to five steps that store everything are written out: the compiler counts the body of a loop only once.
+    # `unrolled` writes out up to five steps if it stores everything. In a loop, the compiler would count the body only
+    # once.
     return hypergrad.over_tasks(hypergrad.unrolled(problem, num_steps=options.num_steps, remat="none"))
 
 

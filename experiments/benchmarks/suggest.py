@@ -3,7 +3,7 @@
 g is trained on 100 earlier tasks with 50 trials each of a random forest's seven parameters, at up to 512 reference
 configurations. (The outcomes are made up, since only the cost is measured.) Without candidates, a suggestion is a
 gradient ascent over the relaxed space from 8 starts. With candidates, it evaluates 1,000 configurations. Except under
-Optuna, the timed trials do not include random ones, or ones that are the farthest from all earlier trials.
+Optuna, the timed suggestions are neither random nor the configuration that is farthest from all earlier trials.
 
 "running" is the number of trials that have been asked for and have not ended; expected improvement accounts for them.
 Most rows use g's searcher, which receives each trial once. The rows of `suggest(X, y)` get all trials again at every
@@ -59,7 +59,8 @@ def learn(space, drawn, num_tasks: int, num_trials: int):
 def ours(g, acquisition: str, drawn, num: int, running: int, repetitions: int) -> list[str]:
     """Times suggestions by the acquisition.
 
-    "farthest" is every eighth trial of a finite set, first after seven trials.
+    With a finite set, every eighth trial is the configuration that is farthest from all earlier ones. The first such
+    trial comes after seven others. The acquisition "farthest" times these suggestions.
     """
     far = acquisition == "farthest"
     searcher, rng = g.searcher(acquisition="ei" if far else acquisition), np.random.default_rng(0)
@@ -143,7 +144,7 @@ def main() -> None:
     cases = [("candidates", finite, "ei", 0), ("gradient", free, "ei", 0)]
     if options.candidates:
         for num in nums:
-            for acquisition in ("ei", "farthest") if num < len(drawn) else ("ei",):  # the set has more than were tried
+            for acquisition in ("ei", "farthest") if num < len(drawn) else ("ei",):  # needs untried candidates
                 measured = ours(finite, acquisition, drawn, num, 0, repetitions)
                 print(f"| {' | '.join([acquisition, str(num), *measured])} |", flush=True)
         return
@@ -200,7 +201,7 @@ def main() -> None:
     command += "python experiments/benchmarks/suggest.py" + (" --smoke" if options.smoke else "")
     text += (
         script.table(HEADER, rows) + "\n\n" + circumstances(command).partition(" Memory")[0]
-    )  # that is another memory
+    )  # its sentence on memory is about compiled programs
     print(text)
     if not options.smoke:
         pages.write(RESULT, "The cost of a suggestion", f"{text}\n")

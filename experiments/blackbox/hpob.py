@@ -118,7 +118,10 @@ def run_ours(folder: Path, names: tuple[str, ...], num_steps: int, num_trials: i
 
 
 def report(regret: dict[str, np.ndarray], groups: np.ndarray) -> str:
-    """Returns the table: mean normalized regret and mean rank over tasks after some trials, of means over seeds."""
+    """Returns the table: mean normalized regret and mean rank over tasks, after some numbers of trials.
+
+    The regrets of a task are first averaged over its seeds.
+    """
     from scipy import stats
 
     means = {n: r.mean(1) for n, r in regret.items()}  # [T, N]

@@ -4,17 +4,17 @@ TaskSet: 12 text RNNs × 1,000 optimizer configurations. Validation losses are c
 divergence counts as 1). Each task is left out in turn. All tasks read the text of IMDB, so a left-out task has near
 relatives.
 
-LCDB: tables × 20 learners. Outcomes are error rates over the training set's size. The fidelity is this size, relative
-to the largest size that half of the learners have. Families (by the first word of a table's name) are in five folds,
-and each is left out in turn. Tables without all sizes from 1/32 on are not used. Normalized regret is 0 at a task's
-best and 1 at its worst candidate.
+LCDB: tables × 20 learners. Outcomes are error rates over the training set's size. The fidelity is this size, divided by
+the largest size at which at least half of the learners have an outcome. Families (by the first word of a table's name)
+are in five folds, and each is left out in turn. Tables without all sizes from 1/32 on are not used. Normalized regret
+is 0 at a task's best and 1 at its worst candidate.
 
-`metaopt` is `blackbox.train_curve_searcher`, trained on the other tasks' curves. The baselines are random search and
-the best on average of the other tasks, both at full budgets; and Hyperband and BOHB of Optuna (`blackbox.bohb`). For
-the last two, a suggestion becomes the nearest candidate that was not begun. A repeated run at the same fidelity costs
-nothing. On TaskSet, trials continue after a pause, and all methods only pay the difference. On LCDB, a larger training
-set is paid in full. The recommendation of a method is its best trial at the full budget. Before there is one, it is the
-best at the largest fidelity.
+`metaopt` is `blackbox.train_curve_searcher`, trained on the other tasks' curves. Two baselines run candidates at the
+full budget: random search, and the candidates that are the best on average on the other tasks. The other two are
+Optuna's Hyperband and BOHB (`blackbox.bohb`). For these two, a suggestion becomes the nearest candidate that was not
+begun. A repeated run at the same fidelity costs nothing. On TaskSet, trials continue after a pause, and all methods
+only pay the difference. On LCDB, a larger training set is paid in full. The recommendation of a method is its best
+trial at the full budget. Before there is one, it is the best at the largest fidelity.
 
     python experiments/blackbox/learning_curves.py                  TaskSet: results/learning_curves_taskset.md and .png
     python experiments/blackbox/learning_curves.py --table lcdb     LCDB
@@ -62,7 +62,7 @@ class Curves(NamedTuple):
     eta: int  # of Hyperband
 
     def regret(self, t: int) -> np.ndarray:
-        """Returns the regret of the candidates that the task has at all fidelities, NaN for others."""
+        """Returns the regret [C] at the full budget. It is NaN for candidates without an outcome at every fidelity."""
         last = np.where(np.isfinite(self.y[t]).all(1), self.y[t, :, -1], np.nan)
         return (last - np.nanmin(last)) / max(np.nanmax(last) - np.nanmin(last), 1e-12)
 
@@ -77,7 +77,7 @@ def load_taskset(options: argparse.Namespace) -> Curves:
     kept = slice(0, 60) if options.smoke else slice(None)
     configurations = [dict(c) for c in table.configurations[kept]]
     values = {name: np.array([c[name] for c in configurations]) for name in configurations[0]}
-    # One minus a decay of averages varies over orders of magnitude.
+    # The parameters are 1 − β₁ and 1 − β₂, which vary over orders of magnitude.
     for name in ("beta1", "beta2"):
         values[name] = 1 - values[name]
     configurations = [{n: float(v[i]) for n, v in values.items()} for i in range(len(configurations))]

@@ -17,9 +17,9 @@ def nas_bench_201_table(folder: str | os.PathLike | None = None) -> nas.Benchmar
 
     Validation errors are from the separate schedule of 12 epochs, the only true validation; test errors are after 200
     epochs. So the only fidelity, 1.0, stands for those 12 epochs. `nas.read_nas_bench_201` has both lengths, and its
-    1.0 stands for 200 epochs. Errors are in %. Costs are seconds for the 12 epochs. They follow the measure of the
-    benchmark, in proportion to the number of images (25,000, 50,000 and 151,700). Row 9930 is the best cell nearly
-    everywhere.
+    1.0 stands for 200 epochs. Errors are in %. Costs are seconds for the 12 epochs: the figures of the benchmark for
+    CIFAR-10, scaled to the other tasks in proportion to the number of images (25,000, 50,000 and 151,700). Row 9930 is
+    the best cell nearly everywhere.
 
     Args:
       folder: folder of nasbench201.npz; by default the folder that METAOPT_DATA names.

@@ -13,14 +13,15 @@ episodes are from the three other hospitals. A random third of the measurements 
 different measurements. The weight decay of each method is the best one when each of the three hospitals in turn is left
 out of the training.
 
-Main observations in the committed results: with a fixed rate, adaptation harms on patients. With learned rates it is
-level with one network that sees score and slope, and so is the line without learning. On all four hospitals, MAML,
-FOMAML and ANIL are above the published areas; so is logistic regression with columns of codes, gaps and a decay. Of
-Switzerland's 123 patients only 8 are healthy, so its areas are not informative.
+Main observations in the committed results: on patients, adaptation with a fixed rate does harm. With learned rates, it
+is as good as one network for all that sees score and slope. The line, which learns nothing, is as good, too. On all
+four hospitals, MAML, FOMAML and ANIL are above the published areas. So is logistic regression with a column for each
+code, marks of gaps and a decay. Of Switzerland's 123 patients only 8 are healthy, so its areas are not informative.
 
 One program trains all folds and seeds of a method: a `vmap` over the learner's two functions. Sizes and steps were not
-chosen on patients or hospitals in the test. But the inputs were chosen after one look at linear models on all patients
-and hospitals (for hospitals a column for each code, and 0 as a gap), and so was the range of weight decays.
+chosen on patients or hospitals in the test. But the inputs and the range of weight decays were chosen after one look at
+linear models on all patients and hospitals. (For hospitals, these inputs have a column for each code, and a 0 counts as
+a gap.)
 
     python experiments/few_shot/personalization.py --full      minutes; writes experiments/results/personalization.md
     python experiments/few_shot/personalization.py             the same with one seed
@@ -63,8 +64,9 @@ SMOKE = Settings(width=4, batch=2, rows=4, steps=2, every=1, draws=2)
 
 
 def train(adaptation: few_shot.Adaptation, start: Callable, sample: Callable, judge: Callable, settings: Settings):
-    """Returns `(key, run) -> λ`, to be mapped over runs: the best λ of every `settings.every` steps, the last of ties.
+    """Returns `(key, run) -> λ`, to be mapped over runs.
 
+    λ is judged at the start and after every `settings.every` steps. The best one is returned; of equal ones, the last.
     The weight decay of a run, "decay", only applies to the initialization: learned rates do not decay.
 
     Args:
@@ -263,8 +265,9 @@ def parkinson_table(by_number: dict[int, dict[str, np.ndarray]]) -> str:
 
 
 def parkinson_missed(means: dict[int, dict[str, float]], against: dict[int, dict[str, tuple[float, float]]]) -> str:
-    """Lists methods that miss the aim, to beat the last value, by the digits in the table.
+    """Lists methods that miss the aim, which is to beat the last value.
 
+    Numbers are rounded as in the table before they are compared.
     `means` is recordings -> method -> mean error, and `against` is recordings -> method -> `against_last`.
     """
     plain = "one network for all"
@@ -295,7 +298,7 @@ def log_loss_of(model: Callable) -> Callable:
 
 
 def one_column_a_code(table: tasks.UserTable) -> tuple[tasks.UserTable, np.ndarray]:
-    """Returns the table with a column for each value of a code, and every column's measurement number."""
+    """Returns the table with a column for each value of a code, and the number of the measurement of each column."""
     columns, names, owners = [], [], []
     for number, (name, values) in enumerate(zip(table.feature_names, table.x.T, strict=True)):
         codes = CODES.get(name)
@@ -425,7 +428,7 @@ def hospital_table(areas: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
 
 
 def hospital_missed(means: dict[str, dict[str, float]]) -> str:
-    """Lists the hospitals (method -> hospital -> mean area) not above the published area, by the table's digits."""
+    """Lists the hospitals whose area (method -> hospital -> mean) is not above the published one, as in the table."""
     below = {
         name: [h for h, mean in areas.items() if round(mean, 3) <= HOSPITAL_BARS[h]] for name, areas in means.items()
     }

@@ -12,9 +12,10 @@ training; `truncated` over windows and with 1 step (T1–T2), online; and `impli
 series.
 
 There are three baselines: training without augmentation, strengths set by hand, and random search at the cost of
-`unrolled`. All are scored by newly trained networks, on the training images only, and on training and validation images
-together (which shows the value of those rows without λ). No choice depends on test images (which were seen during
-development). Outer rates are guesses after a few trials on other rows, and were not searched.
+`unrolled`. All are scored by newly trained networks: on the training images only, and on training and validation images
+together. The second score shows the value of the validation images as training images, without λ. No choice depends on
+test images (which were seen during development). Outer rates are guesses after a few trials on other rows, and were not
+searched.
 
 The task is the one of Mounsaveng et al., WACV 2021, https://arxiv.org/abs/2006.14699, at a small scale. They learn
 affine transformations one step ahead. `implicit` is the rule of Lorraine et al., AISTATS 2020,
@@ -26,9 +27,9 @@ https://arxiv.org/abs/1911.02590.
 Needs mnist.npz in the folder that the environment variable METAOPT_DATA names (with `--data`, fashion_mnist_sub.npz).
 
 Main observations in the committed results: `unrolled` and windows of a quarter of the training beat random search at
-the same cost in every mean. Their geometric strengths agree over seeds. One step ahead is short-sighted. Twice the
-images help as much as learned strengths. In so short a training, the strengths add little to them, except those of the
-online rules.
+the same cost in every mean. Their geometric strengths agree over seeds. One step ahead is short-sighted. Training on
+twice as many images helps as much as learned strengths. With twice as many images, the strengths add little in so short
+a training, except those of the online rules.
 """
 
 import math

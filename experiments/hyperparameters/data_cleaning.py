@@ -13,8 +13,8 @@ whole training), `implicit` (warm-started conjugate gradients), and two without 
 chosen on other rows, which are in no result.
 
 Main observations in the committed results: the rules agree, and 93 % of the corrupted rows are found. They win back 2.2
-of the 2.7 points that corruption costs, as in the paper. But the validation rows win as much by themselves. Next to as
-many clean rows, the rest of the noisy rows adds little to softmax regression, even for the oracle.
+of the 2.7 points that corruption costs, as in the paper. But the validation rows win as much by themselves. If softmax
+regression has as many clean rows, the kept rows of the noisy set add little, even for the oracle.
 
     python experiments/hyperparameters/data_cleaning.py             minutes; writes results/data_cleaning.md and .png
     python experiments/hyperparameters/data_cleaning.py --smoke     seconds; prints only

@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
         rules = make_rules(spaces.constrain(plain, space), space, steps)
         for rule in rules if which == "each parameter" and not options.smoke else list(rules)[:1]:
             learners[which, rule] = training.learner(rules[rule], optimizer)
-    run_loop = inner.run(plain.loop, steps * outer_steps)  # the number of steps of θ along with λ
+    run_loop = inner.run(plain.loop, steps * outer_steps)  # as many steps as θ takes while λ is learned
     train = jax.jit(lambda key, hp, data: plain.loop.params(run_loop(key, hp, data)))
     scores, histories = {}, {}
 

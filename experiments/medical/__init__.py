@@ -1,1 +1,1 @@
-"""Few-shot learning: initializations and embeddings over many tasks."""
+"""Medical tables: a few labelled patients of a new hospital, or a few recordings of a new patient."""

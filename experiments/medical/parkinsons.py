@@ -4,11 +4,12 @@ Research, not a medical device.
 
 **Task.** 42 patients recorded their voice at home for half a year. The first five recordings of a new patient, in time
 order, give five motor scores, and the scores of all later recordings are predicted. The error is the mean absolute
-error over recordings, then over patients. The scores are interpolated linearly between visits to a clinic, so five
-recordings of one day have one value, and the slope of five recordings depends on the score of the next visit, months
-later: errors of a forecast from real visits would be larger.
+error over recordings, then over patients. The scores are interpolated linearly between visits to a clinic. So five
+recordings of one day have the same score. The slope of five recordings depends on the score of the next visit, months
+later. Errors of a forecast from real visits would be larger.
 
-**Model.** With y₅ and t₅ of the fifth recording, and u(t) = D (1 − exp(−(t − t₅)/D)), which is t − t₅ for a large D,
+**Model.** With the score y₅ and the day t₅ of the fifth recording, and u(t) = D (1 − exp(−(t − t₅)/D)), which is t − t₅
+for a large D,
 
     ŷ(t) = y₅ + α + β u(t),    (α, β) = argmin Σ_{i ≤ 5} (y_i − ŷ(t_i))² + ρ_α α² + ρ_β (β − β₀)².
 
@@ -17,10 +18,10 @@ the day, age and sex. It is learned by hypergradients through the closed form on
 in the first 60 days of the training patients. The outer loss is the mean absolute error of later recordings. The
 control "one λ" has the same model and training, but the same λ for all patients.
 
-**Folds.** Six folds of seven patients, for each seed other ones. Weight decay and tanh units of g are chosen by leaving
-out each of the five training folds in turn. The penalties of the baselines are chosen on the training patients. Errors
-of other models on these patients were known before (`few_shot/personalization.py`), and a saturating slope was chosen
-because scores are interpolated between visits; no variant was compared on the test patients.
+**Folds.** There are six folds of seven patients, which differ from seed to seed. Weight decay and tanh units of g are
+chosen by leaving out each of the five training folds in turn. The penalties of the baselines are chosen on the training
+patients. Errors of other models on these patients were known before (`few_shot/personalization.py`). A saturating slope
+was chosen because scores are interpolated between visits. No variant was compared on the test patients.
 
     python experiments/medical/parkinsons.py --full    minutes; writes experiments/results/medical_parkinsons.md
     python experiments/medical/parkinsons.py           one seed

@@ -4,7 +4,8 @@ The expected calibration error has fixed bins, the ten tenths of [0, 1]:
 
     ECE = Σ_k (n_k / n) |mean of p in bin k − share of y in bin k| = (1/n) Σ_k |Σ_{i in bin k} (p_i − y_i)|.
 
-A constant prediction has one bin. So its ECE is small if the share is right, however little it distinguishes.
+A constant prediction is in one bin. So its ECE is small if it equals the share of y, although it distinguishes no
+patients.
 """
 
 import numpy as np

@@ -1,11 +1,11 @@
 """A learned optimizer, meta-trained on small networks over real tables, against Adam and momentum on new tasks.
 
-λ is the weights of the network inside `transforms.learned`. One outer step trains a small network for a window of steps
-in each of several slots (`hypergrad.over_tasks`). Slots differ in table, width, activation, batch size, scale of the
-initialization, and loss. Evolution strategies (`hypergrad.es_single`) compare nearby optimizers there. Tasks of
-different shapes are in separate buckets. The shapes of a task's arrays give the size of its network, so one problem
-serves all tasks. F is the logarithm of the loss on held-out rows, averaged over all steps of a training: first of 200
-steps, then of 1,000. The default preset made the shipped weights.
+λ is the weights of the network inside `transforms.learned`. Several small networks, called slots, train at the same
+time (`hypergrad.over_tasks`). They differ in table, width, activation, batch size, scale of the initialization, and
+loss. One outer step trains each slot for a window of steps. In each slot, evolution strategies (`hypergrad.es_single`)
+compare optimizers with nearby λ. Tasks of different shapes are in separate buckets. The shapes of a task's arrays give
+the size of its network, so one problem serves all tasks. F is the logarithm of the loss on held-out rows, averaged over
+all steps of a training: first of 200 steps, then of 1,000. The default preset made the shipped weights.
 
 The comparison uses other families of tables, and images, with larger networks and longer trainings than in
 meta-training. The baselines are Adam and momentum, each with the best of a grid of rates *for that very task and loss*

@@ -4,14 +4,15 @@ The data are 100,000 ratings of films from 0 to 10 (MovieTweetings). The 1,154 u
 in five folds; the training uses the ratings of all other users. The score is the root mean squared error of each user,
 and then the mean over users.
 
-Three kinds of methods are compared. Ordinary ones: offsets, item kNN, matrix factorization, and its Bayesian form.
-Networks that adapt by gradient steps: MeLU and CAVIA. And a ridge regression per user on an item's offset, factors,
-year and genres, in closed form, whose regularization, decay with time and center are λ. In one variant, λ is the same
-for all users. In the other, a network g predicts λ from the first ratings. Both are trained by hypergradients.
+Three kinds of methods are compared. Ordinary methods are offsets, item kNN, matrix factorization, and its Bayesian
+form. MeLU and CAVIA are networks that adapt by gradient steps. The third kind is a ridge regression per user on an
+item's offset, factors, year and genres, in closed form. Its regularization, decay with time and center are λ. In one
+variant, λ is the same for all users. In the other, a network g predicts λ from the first ratings. Both are trained by
+hypergradients.
 
 All hyperparameters are chosen in each fold on its training users. These are divided into four parts. For each part,
-models are fitted to the other parts, so its users are new to them. g and the networks learn on these users. The
-statistics of items that they see therefore include no rating of the user itself. The design (inputs, sizes, rates) was
+models are fitted to the other parts, so its users are new to them. g and the networks learn on these users. So the
+statistics of items that they see for a user include no rating by this user. The design (inputs, sizes, rates) was
 chosen on the training users of fold 0, by `--choose`. The test users of fold 0 had no influence on it.
 
     python experiments/recommend --full              minutes; writes experiments/results/recommend.md

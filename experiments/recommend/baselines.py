@@ -109,7 +109,7 @@ class Offsets(NamedTuple):
 def fit_offsets(
     train: Ratings, *, item_ridge: float, user_ridge: float = 5.0, sweeps: int = 0, content: bool = False
 ) -> Offsets:
-    """Fits offsets, each shrunken as a mean of n residuals with `ridge` further residuals at its prior.
+    """Fits offsets. Each is the mean of its n residuals and of `ridge` additional ones that equal its prior.
 
     Args:
       train: the ratings of the training users.

@@ -80,7 +80,10 @@ def ranking(data: Data, split: Split, ordinary: Ordinary, k: int, learned: dict)
 
 
 def scale_weight(learning: Learning, seed: int) -> float:
-    """Returns the weight of the prior scale with the narrowest intervals of offsets, on two parts in training."""
+    """Returns the weight of the prior scale for which the intervals of the offsets are the narrowest.
+
+    It is chosen on two parts of the training users, neither of which the seed holds out.
+    """
     one, other = (learning.split.parts[(seed + step) % NUM_PARTS] for step in (1, 2))
     errors, mask = np.abs(learning.offset_errors(one)), learning.data.first[learning.k].mask[one]
     first = [learning.first_errors(positions) for positions in (one, other)]
@@ -153,7 +156,10 @@ def run_learned(learning: Learning, ordinary: Ordinary, settings: Settings) -> d
 
 
 def run_fold(data: Data, fold: int, settings: Settings) -> dict[str, np.ndarray]:
-    """Returns the scores of all methods on the test users of a fold, by "k|score|method"; positions of the users."""
+    """Returns the scores of all methods on the test users of a fold, by "k|score|method".
+
+    Further entries are the positions of the users, the seconds, and the chosen hyperparameters.
+    """
     start = time.process_time()
     split = make_split(len(data.users), fold)
     ordinary = fit_ordinary(data, split, settings.grids, settings.gibbs_sweeps)

@@ -104,11 +104,11 @@ def main() -> None:
     name = "recommend" if options.movielens is None else "recommend_movielens"
     work = None if options.smoke else script.work_folder(options.work, Path(__file__).parent) / name
     numbers = range(1 if options.smoke else NUM_FOLDS if options.full else 2)
-    own = f"ratings{len(data.ratings.rating)}_users{data.ratings.num_users}"  # another file has other folds
+    own = f"ratings{len(data.ratings.rating)}_users{data.ratings.num_users}"  # each file of ratings has its own
     label = lambda fold: f"fold{fold}_seeds{settings.num_seeds}_{own}"
     scores_of = lambda fold, wait: script.kept(work, label(fold), lambda: run_fold(data, fold, settings), wait=wait)
     for fold in numbers:
-        scores_of(fold, False)  # not the folds of another process
+        scores_of(fold, False)  # skips folds that another process is computing
     parts = [scores_of(fold, True) for fold in numbers]
     aims = report.AIMS if data.ratings.name == "MovieTweetings" and not options.smoke else {}
     scores = report.join_folds(parts)

@@ -137,7 +137,7 @@ def hyperparameter_table(scores: Mapping[str, np.ndarray]) -> str:
 
 
 def missed(scores: Mapping[str, np.ndarray], aims: Mapping[int, float]) -> str:
-    """Lists the aims that are missed, by the digits of the tables."""
+    """Lists the aims that are missed. Numbers are rounded as in the tables before they are compared."""
     lines = []
     for k in numbers(scores):
         errors = user_errors(scores, k)

@@ -12,13 +12,13 @@ from experiments.recommend.baselines import Offsets
 from experiments.recommend.ratings import NewUsers, Ratings
 from experiments.recommend.scores import user_rmse
 
-MULTIPLES = (1.0, 1.5, 2.0)  # the ridge of a new user's offset in the factorization, in units of that of the offsets
+MULTIPLES = (1.0, 1.5, 2.0)  # in the factorization, a new user's offset has its tuned ridge times one of these
 
 TUNING_SWEEPS = 6  # of alternating least squares
 
 
 class Grids(NamedTuple):
-    """The values that the choice is made of."""
+    """The values of each hyperparameter to choose from."""
 
     item_ridges: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
     sweeps: tuple[int, ...] = (3, 8, 20)

@@ -30,8 +30,8 @@ from metaopt import base, inner, spaces
 # Chosen as usual values for all environments, before the first run. The rate has no place in an outer loss.
 REFERENCE = {"horizon": 50.0, "trace": 0.95, "entropy": 0.01, "value": 0.5}
 OUTER = {**REFERENCE, "kl": 1.0}
-# The bad start: a discount of 0.5, a short trace, 30 times the entropy weight, a tenth of the value weight and, as the
-# usual rates of such small networks are 0.003 to 0.03, a rate of at most a tenth.
+# The bad start: a discount of 0.5, a short trace, 30 times the entropy weight and a tenth of the value weight. Its rate
+# is at most a tenth of the usual rates of such small networks, which are 0.003 to 0.03.
 START = {"rate": 3e-4, "horizon": 2.0, "trace": 0.5, "entropy": 0.3, "value": 0.05}
 # Bad in the other direction: a rate of about 10 times the usual ones, hardly any entropy, too much weight on the value.
 OTHER_START = {"rate": 0.1, "horizon": 300.0, "trace": 0.1, "entropy": 3e-4, "value": 5.0}

@@ -1,10 +1,10 @@
 """Does a bad rate or do the other bad values keep an actor-critic from tuning its hyperparameters?
 
-`meta_gradients.py` tunes from two bad starts: one with a rate that is too small, which it mends, and one with a rate
-that is too large, which it does not. All five values are bad in both, so neither shows the effect of one value. Here
-the starts combine a rate with the other four values, which are the reference or `actor_critic.OTHER_START`. From each
-start there are runs with fixed hyperparameters, with all five tuned, and with only the rate tuned. Everything else is
-as in `meta_gradients.py`, also the outer rate and the outer loss. Seeds are the same.
+`meta_gradients.py` tunes from two bad starts. It succeeds from the start with a rate that is too small, and fails from
+the start with a rate that is too large. All five values are bad in both starts, so neither shows the effect of one
+value. Here the starts combine a rate with the other four values, which are the reference or `actor_critic.OTHER_START`.
+From each start there are runs with fixed hyperparameters, with all five tuned, and with only the rate tuned. Everything
+else is as in `meta_gradients.py`, including the outer rate, the outer loss and the seeds.
 
     python experiments/rl/bad_values.py --full     # minutes; writes results/rl_bad_values.md and .png
     python experiments/rl/bad_values.py            # five seeds

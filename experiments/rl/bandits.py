@@ -33,7 +33,7 @@ from metaopt import hypergrad, training
 
 DISCOUNT = 0.99
 NUM_PULLS = 100
-DEVELOPMENT = 5000  # the first seed of choices
+DEVELOPMENT = 5000  # the first seed of the runs by which settings are chosen
 
 
 class Settings(NamedTuple):

@@ -4,16 +4,17 @@
 a policy gradient, each from a rollout of 16 environments and 32 steps. `few_shot.adaptation` learns the initialization
 and a rate for each leaf: the loss makes the rollout, as in `actor_critic.py`. The hypergradient goes through the
 updates, and not through the probabilities of the rollouts before them (as in Finn et al., ICML 2017,
-https://arxiv.org/abs/1703.03400). A quarter of the goals is held out, and policies are judged on these. Controls:
-first-order MAML; a policy that is trained on all goals without adaptation, and a random one, both with the best of
-eight rates on the training goals; and evolution strategies for the same λ with as many steps of the environments. They
-have a sixteenth of the outer steps, with 16 times the rate of the initialization.
+https://arxiv.org/abs/1703.03400). A quarter of the goals is held out, and policies are judged on these. There are four
+controls. The first one is first-order MAML. The next two are a policy that is trained on all goals without adaptation,
+and a random policy. Both adapt at the best of eight rates on the training goals. The last control learns the same λ by
+evolution strategies, with as many steps of the environments. It has a sixteenth of the outer steps, with 16 times the
+rate of the initialization.
 
 **Evolution strategies.** A task is a CartPole with other masses, length and force. λ are the five hyperparameters of
 the actor-critic, which trains for 200 updates from a new start. `hypergrad.diagnose` reports that products of Jacobians
-explode. Compared at an equal number of steps of the environments: `hypergrad.unrolled` over all updates,
-`hypergrad.truncated` over windows, `hypergrad.persistent_es`, and random search. The rollouts of the outer loss count
-too, although the next update repeats those within a run. Judged on new physics.
+explode. Four methods are compared at an equal number of steps of the environments: `hypergrad.unrolled` over all
+updates, `hypergrad.truncated` over windows, `hypergrad.persistent_es`, and random search. The rollouts of the outer
+loss count too, although the next update repeats those within a run. The methods are judged on new physics.
 
     python experiments/rl/families.py --full     # minutes; writes results/rl_families.md and .png
     python experiments/rl/families.py            # one seed

@@ -6,17 +6,19 @@ loss with fixed hyperparameters and a divergence (`actor_critic.OUTER`). One tra
 
 Compared on three families of environments:
 
-* the same run with the bad values, and with the reference values and the bad rate or a usual one (0.01);
+* the same run without tuning: with the bad values; with the reference values and the bad rate; and with the reference
+  values and a usual rate (0.01);
 * other bad values (`actor_critic.OTHER_START`, with a rate that is too large), fixed and tuned, and tuning without the
   divergence in the outer loss; `bad_values.py` has the controls;
 * the best of 25 points (five rates, five horizons, the others as in the reference), chosen on other seeds;
-* random search, TPE and PBT with 8 trials: with as many steps of the environments as the one run in total, so that each
-  trial has an eighth, and with as many steps for each trial.
+* random search, TPE and PBT with 8 trials, in two variants. In the first one, all trials together take as many steps of
+  the environments as the one run, so each trial takes an eighth. In the second one, each trial takes as many steps as
+  the one run.
 
 The score is the mean return of the episodes that end in the last tenth of the steps, on a scale on which 1 is an upper
-bound of the return. A run without a finite return has score 0. A search chooses its trial by the tenth before.
-Intervals are stratified bootstrap intervals of the interquartile mean over seeds. The outer rate and the outer loss
-were chosen on other seeds (`--develop`). `--families Acrobot` is a fourth family, which no choice saw.
+bound of the return. A run without a finite return has score 0. A search chooses its trial by the tenth of the steps
+before that. Intervals are stratified bootstrap intervals of the interquartile mean over seeds. The outer rate and the
+outer loss were chosen on other seeds (`--develop`). `--families Acrobot` is a fourth family, which no choice saw.
 
     python experiments/rl/meta_gradients.py --full     # 14 minutes; writes results/rl_meta_gradients.md and .png
     python experiments/rl/meta_gradients.py            # five seeds
@@ -44,7 +46,7 @@ RATES, HORIZONS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (2.0, 6.0, 18.0, 54.0, 162.0)
 GRID = [{**REFERENCE, "rate": rate, "horizon": horizon} for rate in RATES for horizon in HORIZONS]
 USUAL_RATE = 0.01
 OUTER_RATES = (0.003, 0.01, 0.03)
-DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of choices by hand, and of the grid
+DEVELOPMENT, SELECTION = 1000, 2000  # the first seeds of runs for choices by hand, and for the grid
 
 
 class Settings(NamedTuple):

@@ -46,7 +46,7 @@ class FoldData(NamedTuple):
       categorical: [k] bool, of the columns for trees.
       num_classes: K, or 0 for regression.
       seed: the seed of the fit.
-      stops: whether boosting stops early; the same in all folds. If m = 0, `settled` shortens the model later.
+      stops: whether boosting stops early; the same in all folds. Not if m = 0: `settled` then shortens the model later.
     """
 
     views: Views

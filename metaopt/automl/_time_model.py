@@ -27,7 +27,7 @@ class TimeModel:
     """Predicts seconds of fits.
 
     `observe` corrects the predictions by a factor for each kind. Kinds without an observation get the geometric mean of
-    the factors of other kinds. `observe_network` does the same for networks, with one factor.
+    the factors of other kinds. `observe_network` multiplies one factor for all networks, at least by a half.
     """
 
     def __init__(self, num_rows: int, num_columns: int, num_classes: int):

@@ -74,8 +74,8 @@ def thompson_sample(key: jax.Array, mixture: Mixture, *, independent: bool) -> j
       key: consumed.
       mixture: the predictions at P configurations.
       independent: whether to sample each outcome independently, which ignores correlations; use it for finite sets. If
-        False, the outcomes are the means of the sampled component, a smooth function. Only the component is then
-        random, that is, mainly which earlier task the new one resembles.
+        False, the outcomes are the means of the sampled component, a smooth function. Then only the
+        choice of the component is random. A component usually stands for one earlier task.
 
     Returns:
       [P], larger is better.

@@ -6,8 +6,8 @@ every searcher receives the records of the trials that it proposed, in the order
 on its own seed. So the records depend on the batch size, but not on the number of workers.
 
 To continue a collection, call `collect` again. It asks the searchers from the start, which gives the same trials.
-Trials whose end is in the store do not run again; the searcher receives their stored records. The state of a searcher
-is never saved.
+Trials that have ended, according to the store, do not run again; the searcher receives their stored records. The state
+of a searcher is never saved.
 """
 
 import collections
@@ -309,9 +309,9 @@ def _check_same(stored: base.Record, trial: base.Record, store: Any, study: str)
     if (stored.configuration, stored.seed) != (trial.configuration, trial.seed):
         raise ValueError(
             f"{store} has trial {trial.trial} of {trial.task!r} with another configuration or seed than the searcher "
-            "proposes now. Either the space, searcher, key or `batch_size` has changed, or configurations were "
-            "enqueued. To enqueue during a collection, pass `enqueue(after=number of trials so far)`; otherwise use "
-            f"another `study` than {study!r}."
+            "proposes now. Either the space, searcher, key or `batch_size` has changed, or other configurations "
+            "were enqueued. To enqueue during a collection, pass the number of trials so far as `after` to `enqueue`; "
+            f"otherwise use another `study` than {study!r}."
         )
 
 

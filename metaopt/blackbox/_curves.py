@@ -6,10 +6,10 @@ Let f_s(c, j) be the outcome of configuration c at fidelity j on the earlier tas
     y ~ GP(m, (α/S) Σ_s d_s d_sᵀ + (β + γ k(c, c') + δ [c = c']) u(c, j) u(c', j') R(j, j')) + N(0, (σ u(c, j))²).
 
 The first term says that the task is a combination of earlier ones. The second term models the rest: a level of the task
-(β), a part that similar configurations share (γ), and a part of each single configuration (δ). Here, u(c, j) is the
-standard deviation over tasks, and R is the correlation of two fidelities. Both are learned from earlier tasks. The
-scales α to σ and the lengths of k are learned by leaving one task out (`curve_loss`). All observations (any fidelities
-of any configurations) are conditioned on in closed form.
+(β), a part that similar configurations share (γ), and a part of each single configuration (δ). Here, u(c, j)² is a
+variance over tasks, half the candidate's own and half the mean over candidates. R is the correlation of two fidelities.
+Both are learned from earlier tasks. The scales α to σ and the lengths of k are learned by leaving one task out
+(`curve_loss`). All observations (any fidelities of any configurations) are conditioned on in closed form.
 
 Limits: the outcomes of all tasks must have one scale (error rates, clipped losses). The candidates are a finite set and
 were run on earlier tasks (gaps are filled in). Predictions are Gaussian, even if curves can end in two ways, for
@@ -171,7 +171,7 @@ def _fill(curves: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _covariance(surrogate: CurveSurrogate, a, b):
-    """[P, N] covariances, without noise, between the entries a [P] and b [N], which are pairs (candidate, fidelity)."""
+    """[P, N] covariances, without noise, between the points a [P] and b [N], which are pairs (candidate, fidelity)."""
     (c, j), (d, i) = a, b
     alpha, beta, gamma, delta, _ = jnp.exp(surrogate.noise.log_scales)
     lengths = jnp.exp(surrogate.noise.log_lengths)

@@ -19,8 +19,8 @@ def repaired(backend: Any, deadline: float) -> Iterator[None]:
     - Dask gives up a trial.
     - The trial or its arguments cannot be sent to a worker, or an error occurs in the thread of Dask's client.
     - The cluster has had no worker for `wait_for_workers_timeout` seconds, or has none at the deadline. This timeout is
-      an argument of joblib's backend, by default 10. If it is 0 or None, joblib raises an error if the cluster starts
-      without a worker. Later, only the deadline ends the wait.
+      an argument of joblib's backend, by default 10. If it is 0 or None, joblib raises an error if there is no
+      worker when joblib starts. Later, only the deadline ends the wait.
 
     If the cluster had only one core left, joblib would run all trials in this process. Therefore the repaired backend
     reports at least two cores, if the cluster has any.

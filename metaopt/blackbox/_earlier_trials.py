@@ -85,7 +85,8 @@ def _evidence(name: str, leaf: spaces.Leaf, different: list[dict[str, Any]]) -> 
     having = sum(parent in c and name in c and not stands_for_nothing(leaf, c, name) for c in different)
     return (
         f" `{name}` was taken as active only if `{parent}` is {' or '.join(map(repr, values))}: {having} different "
-        f"configurations have both parameters, and {sum(parent in c for c in different) - having} have only `{parent}`."
+        f"configurations have both parameters, and {sum(parent in c for c in different) - having} have `{parent}` "
+        f"without `{name}`."
     )
 
 

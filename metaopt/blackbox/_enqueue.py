@@ -119,8 +119,8 @@ def enqueue(
     def tell(state, records):
         of_searcher = {own: number for number, own in state.numbers.items()}
         negative_number = lambda n: -2 - 2 * n if n >= 0 else 2 * n - 1  # all different, even if `enqueue` is nested
-        numbers = [of_searcher.get(record.trial, negative_number(record.trial)) for record in records]
-        renumbered = [record._replace(trial=number) for record, number in zip(records, numbers, strict=True)]
+        number_of = lambda record: of_searcher.get(record.trial, negative_number(record.trial))
+        renumbered = [record._replace(trial=number_of(record)) for record in records]
         waiting = untried(state.waiting, records) if skip_if_exists else state.waiting
         return state._replace(searcher=searcher.tell(state.searcher, renumbered), waiting=waiting)
 

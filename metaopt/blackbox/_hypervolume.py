@@ -3,7 +3,7 @@
 The hypervolume that one more outcome y adds to a front is an integral over the region that the front does not dominate.
 Let r be the reference point: objectives above it do not count. Let a be a point in the space of the first M − 1
 objectives, and consider the points p of the front with p ≤ a in these objectives. Let s(a) be the smallest last
-objective of these p, or that of r without such a p. Then
+objective of these p. If there is no such p, s(a) is the last objective of r. Then
 
     HVI(y) = ∫_{y ≤ a ≤ r} max(s(a) − y_M, 0) da.
 

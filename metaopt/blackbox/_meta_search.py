@@ -114,8 +114,8 @@ class MakeSearcherFn(Protocol):
            default, as in other searchers, or nothing if candidates do not hold the default. A configuration of `first`
            is skipped if `tell` has received a full-budget record of it from another search.
         2. Until there is an outcome: the configuration of `predict`, then configurations that complement it. If trials
-           have failed, it is the configuration with the best expected outcome, given these failures. `first=()` starts
-           here.
+           have failed, the next trial is the configuration with the best expected outcome, given these failures.
+           `first=()` starts here.
         3. Maxima of the acquisition function. Without candidates every fourth trial is random. With candidates every
            eighth trial is the untried candidate that is farthest from all earlier trials."""
         ...

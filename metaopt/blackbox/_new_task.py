@@ -102,8 +102,8 @@ def features_of(new_task: Any) -> np.ndarray | None:
             advice = (
                 " A table's features are `scaling.transform(tasks.metafeatures(table), clip=3.0)`, scaled "
                 "as those of earlier tasks (`tasks.fit_scaling`). If g reads rows, pass a Task, "
-                "`tasks.to_task(tasks.prepare(table), ...)`. With `train_meta_optimizer(datasets=)` of Tables, a Table "
-                "is enough."
+                "`tasks.to_task(tasks.prepare(table), ...)` with the sizes of the training tasks. With "
+                "`train_meta_optimizer(datasets=)` of Tables, a Table is enough."
             )
         elif array.ndim > 1:  # also a frame of numbers
             advice = " If g was trained with `datasets` of tables or images, pass labels too: `g.predict(x, y)`."

@@ -113,7 +113,7 @@ def as_told_outcomes(trial: Any, signs: Sequence[float], goals: Goals) -> list[b
     unknown = [np.nan] * len(goals.constraints)
     for step, values in sorted(values_at_steps(trial).items()):
         excess = values[num:] if len(values) == num + len(unknown) else unknown
-        fidelity = (step + 1) / 1e15  # far below 1; six digits count
+        fidelity = (step + 1) / 1e15  # far below 1, the full budget; compared to six digits
         levels.append(to_record(values[:num], excess)._replace(fidelity=fidelity))
     if trial.state.name == "PRUNED" and levels:
         return [*levels[:-1], levels[-1]._replace(status="PRUNED")]

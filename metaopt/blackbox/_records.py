@@ -289,8 +289,8 @@ def _explained(error: Exception, path: Path, create: bool, recover: bool) -> Exc
     if "no such table" in text or "no such column" in text or "has no column" in text:
         return ValueError(
             f"{path} is marked as a file of records, but lacks their table or a column of it ({error}). Its list of "
-            "tables is damaged, or another program has changed it. `blackbox.recover_records` cannot read it either; "
-            "try SQLite's own shell, `sqlite3 FILE .recover`, which prints the data that it can still find."
+            "tables is damaged, or another program or version wrote it. `blackbox.recover_records` cannot read it "
+            "either; try SQLite's own shell, `sqlite3 FILE .recover`, which prints the data that it can still find."
         )
     if name.startswith(("SQLITE_CONSTRAINT", "SQLITE_ERROR")):  # the row or the query is wrong, not the file
         return ValueError(f"{path} rejected the row or the query: {error}.")

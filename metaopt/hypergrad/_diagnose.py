@@ -239,12 +239,12 @@ def _perturbed_run(
 
 def _divergence(first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
-    problem_text = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
+    fault = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
-        return Finding(f"Before any step, {problem_text}", advice)
+        return Finding(f"Before any step, {fault}", advice)
     advice = "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer."
-    return Finding(f"Training diverges: {problem_text}", advice)
+    return Finding(f"Training diverges: {fault}", advice)
 
 
 def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
@@ -291,8 +291,8 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
     if after >= first:
         is_too_large = _explodes(judged, num_steps) or after > 2 * first
         direction = "large" if is_too_large else "small or too large"
-        problem_text = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
-        return [Finding(problem_text, f"The rate is too {direction} for this many steps.")]
+        fault = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
+        return [Finding(fault, f"The rate is too {direction} for this many steps.")]
     # Differences of the loss below this bound are rounding errors.
     rounding = 100 * np.finfo(loss.dtype).eps * abs(first)
     if num_steps >= 20 and before - after > max(0.05 * (first - after), rounding):
@@ -330,10 +330,10 @@ def _findings_of_leaves(
                 judged = run(_like(coordinates if is_unconstrained else changed, hyperparams))
             tried.append(f"{amount} {name}")
             if _is_sound(judged, num_steps):
-                problem_text = (
+                fault = (
                     f"{name} is likely the cause: with {amount} its value, training is finite and the inner loss falls."
                 )
-                finding = Finding(problem_text, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
+                finding = Finding(fault, f"Start {name} at a {'smaller' if factor < 1 else 'larger'} value.")
                 findings_by_loss[float(judged.outer)] = finding
         # Both changes may repair a run: a loss that is flat except for the noise of batches also falls by chance.
         repairs += [min(findings_by_loss.items())] if findings_by_loss else []
@@ -346,12 +346,12 @@ def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
         advice = "Change several leaves, or one by more than a factor of ten. Or look at the data and the losses."
         return Finding(f"No change of one leaf of λ repairs the run. Tried: {', '.join(tried)}.", advice)
     if num_positive > MAX_LEAVES:
-        problem_text = f"λ has {num_positive} positive leaves, and `diagnose` tries at most {MAX_LEAVES}."
+        fault = f"λ has {num_positive} positive leaves, and `diagnose` tries at most {MAX_LEAVES}."
     elif num_positive:
-        problem_text = "a tenth and ten times the value of each positive leaf are outside the space."
+        fault = "a tenth and ten times the value of each positive leaf are outside the space."
     else:
-        problem_text = "no leaf is positive."
-    return Finding(f"No other λ was tried: {problem_text}", "Try others by hand, or look at the data and the losses.")
+        fault = "no leaf is positive."
+    return Finding(f"No other λ was tried: {fault}", "Try others by hand, or look at the data and the losses.")
 
 
 def _is_positive(leaf: Any) -> bool:

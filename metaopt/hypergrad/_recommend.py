@@ -192,9 +192,8 @@ def recommend(
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
     if not fitting:
         limit = "" if max_memory is None else f" within `max_memory` = {max_memory} MiB"
-        raise ValueError(
-            f"No rule can handle this problem{limit}:\n{Recommendation(costs, 'none', 'no rule is left.')}"
-        )
+        table = Recommendation(costs, "none", f"no rule {'can handle this problem' if max_memory is None else 'fits'}.")
+        raise ValueError(f"No rule can handle this problem{limit}:\n{table}")
     order = {"exact": 0, "biased": 1, "unbiased": 2, "pseudo": 3}
     # `min` keeps the first of several equal rules.
     best = min(fitting, key=lambda c: (order[c.kind], *((c.flops, c.memory) if c.kind == "exact" else ())))

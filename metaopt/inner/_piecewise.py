@@ -14,7 +14,7 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
         λ_t = λ[⌊t W / T⌋],    t = 0..T−1
 
     The inner loss and the update of step t use λ_t. The initialization uses the first value. The outer loss uses the
-    value of the last inner step. Steps beyond T keep the last value.
+    value of the inner step before it. Steps beyond T keep the last value.
 
     The hypergradient of an entry is a sum over its window, which averages noise over the window. It accounts for all
     steps up to the end of training, so it is not greedy. Any rule works: use `hypergrad.forward` if T is large, and

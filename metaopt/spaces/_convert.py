@@ -99,7 +99,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
             space[name] = _factories.integer(distribution.low, distribution.high, log=distribution.log)
         elif kind == "IntDistribution":
             space[name] = _choice(
-                _check_num_values(name, range(distribution.low, distribution.high + 1, distribution.step))
+                _convertible_values(name, range(distribution.low, distribution.high + 1, distribution.step))
             )
         elif kind == "FloatDistribution" and distribution.step is None:
             space[name] = _factories.interval(distribution.low, distribution.high, log=distribution.log)
@@ -199,7 +199,7 @@ def _with_condition(condition: Mapping[str, Any], space: dict[str, Leaf], ordina
         raise ValueError(f"A space cannot represent this condition: {condition}.")
     compare, leaf = _COMPARISONS[kind], space[parent]
     if isinstance(leaf, _leaves.Integer):
-        allowed = _check_num_values(parent, range(leaf.low, leaf.high + 1))
+        allowed = _convertible_values(parent, range(leaf.low, leaf.high + 1))
     else:
         allowed = getattr(leaf, "labels", ())  # `_conditions` reports parents that are not choices
     value = condition["values"] if kind == "IN" else condition["value"]
@@ -270,7 +270,7 @@ def _choice(labels, default=None) -> Leaf:
     return _factories.choice(labels, default=default)
 
 
-def _check_num_values(name, values):
+def _convertible_values(name, values):
     """Returns the values. Raises ValueError if there are too many."""
     if len(values) > _MOST_VALUES:
         raise ValueError(f"`{name}` has {len(values)} values; at most {_MOST_VALUES} can be converted.")

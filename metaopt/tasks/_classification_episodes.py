@@ -34,7 +34,7 @@ def episodes(
 
     If a source has groups (the makers of its examples), no group is in both sets of an episode. For each episode, about
     K / (K + Q) of the groups, drawn at random, make the support set. The other groups make the query set. So the
-    variation between drawers or speakers is part of the task.
+    variation between those who drew or spoke is part of the task.
 
     Args:
       sources: one or several; their examples have one shape.

@@ -395,14 +395,15 @@ def _reading_of(texts: np.ndarray) -> tuple[str, tuple[str, ...]]:
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):
             continue
         num_read = sum(count for text, count in counts.items() if read(text) is not None)
-        day_is_first = reading == "dmy" and "." in next(iter(counts))  # dates with dots always have the day first
+        day_is_first = reading == "dmy" and "." in next(iter(counts))  # with dots, the day is usually first
         if num_read > most or (num_read == most and day_is_first):
             best, most = reading, num_read
         if most == num_rows and reading != "mdy":  # after "mdy", "dmy" may be the right reading of the same dates
             break
     if most == num_rows:
         read_other = READINGS["dmy" if best == "mdy" else "mdy"]
-        is_ambiguous = best in ("mdy", "dmy") and all(read_other(text) is not None for text in counts)
+        pairs = [(READINGS[best](text), read_other(text)) for text in counts] if best in ("mdy", "dmy") else []
+        is_ambiguous = all(other is not None for _, other in pairs) and any(own != other for own, other in pairs)
         unsure = "; the order of day and month is ambiguous in all dates: write year-month-day if the reading is wrong"
         return best, (_DESCRIPTIONS[best] + unsure * is_ambiguous,)
     words = [text for text in counts if best and READINGS[best](text) is None]

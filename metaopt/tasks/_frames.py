@@ -103,15 +103,15 @@ def positions(argument: str, chosen: Iterable[str | int], table: Frame) -> set[i
       ValueError: if there is no such column.
     """
     chosen = [chosen] if isinstance(chosen, str | int | np.integer) else list(chosen)
-    positions = set()
+    indices = set()
     for column in chosen:
         if table.named and str(column) in table.names:
-            positions.add(table.names.index(str(column)))
+            indices.add(table.names.index(str(column)))
         elif isinstance(column, int | np.integer) and -len(table.names) <= column < len(table.names):
-            positions.add(int(column) % len(table.names))
+            indices.add(int(column) % len(table.names))
         else:
             raise ValueError(f"`{argument}` names the column {column!r}; there are {', '.join(table.names)}.")
-    return positions
+    return indices
 
 
 def unique_names(names: Iterable[str]) -> tuple[str, ...]:

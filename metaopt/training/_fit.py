@@ -202,10 +202,7 @@ def fit(
         first_step, metrics, warned, signal_number, callbacks = run.step, [], False, 0, _listed(callback)
         try:
             while True:
-                # The callbacks come after the evaluation, since they receive its loss. If it fails, `finally` still
-                # reports the steps. The checkpoint comes after both, so a run that continues from it repeats neither.
-                # The processes then agree on whether to stop, since all must take the same number of steps.
-                try:
+                try:  # evaluate; report, even after an error; then save, so that a resumed run repeats neither
                     is_due = run.step == len(run.evaluations) * eval_every
                     if evaluate is not None and is_due and not _processes.agreed(received, False)[0]:
                         run = _evaluated(run, evaluate, eval_key, report)
@@ -239,8 +236,7 @@ def fit(
             raise
         _save(checkpoints, run, steps, report, eval_every)
     result = _result(run, evaluate, space, stopped)
-    signal_number = received[0] if received else signal_number
-    _raise_if_ended_early(signal_number, run, result, num_steps, checkpoints)
+    _raise_if_ended_early(received[0] if received else signal_number, run, result, num_steps, checkpoints)
     return result
 
 
@@ -334,7 +330,7 @@ def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, rep
             if start.restore() is None:  # a run that continues may have written it before
                 _save(start, run, steps, report, eval_every)
     except (ValueError, OSError) as error:  # the folder is in use or holds another run, or the disk is full
-        _log.warning(f"The state after {run.step} steps could not be saved: {error}")
+        _log.warning(f"`keep_nonfinite`: the state before the non-finite step could not be saved: {error}")
 
 
 def _is_nonfinite(metrics: dict[str, Any]) -> bool:

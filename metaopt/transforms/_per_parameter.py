@@ -139,8 +139,8 @@ def per_group(
         idle = set(names) - set(jax.tree.leaves(groups))
         if idle and jax.tree.leaves(params):
             raise ValueError(
-                f"The patterns of {sorted(idle)} are the first match of no parameter: they match none, or only those "
-                "that earlier patterns match. Change, reorder or remove them."
+                f"No parameter has the values of {sorted(idle)}: their patterns match none, or only parameters that "
+                "earlier patterns match. Change, reorder or remove them."
             )
         for name, value in hyperparams.items():
             if isinstance(value, Mapping) and set(value) != set(names):

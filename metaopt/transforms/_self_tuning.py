@@ -52,10 +52,10 @@ def self_tuning(
     choice of β is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
 
     These two rules differ if λ has more than one entry. "normalized" follows the gradient in log λ. An entry that moves
-    the parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine" each
-    entry moves by the cosine between g_t and ∂u_{t−1}/∂λ_i, whatever the size of its effect. Two dtypes limit this. The
-    parameters' dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01 at a rate of 1e-5). float32 must
-    represent its square.
+    the parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine",
+    the logarithm of each entry moves by β times the cosine between −g_t and ∂u_{t−1}/∂λ_i, whatever the size of its
+    effect. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01
+    at a rate of 1e-5). float32 must represent its square.
 
     **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
     other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But another

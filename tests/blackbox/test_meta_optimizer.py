@@ -565,7 +565,7 @@ def test_without_a_space_it_is_inferred_from_the_records_and_logged():
         base.Record("t", {"kind": k, "n": n} | ({"x": n} if k else {}), n) for k in (True, False) for n in range(4)
     ]
     with pytest.warns(
-        UserWarning, match="`x` was taken as active only if `kind` is True: 4 different .* 4 have only `kind`"
+        UserWarning, match="`x` was taken as active only if `kind` is True: 4 different .* 4 have `kind` without"
     ):
         blackbox.train_meta_searcher([*rests, *rests[:4]], num_steps=0)
 

@@ -216,6 +216,8 @@ def test_dates_whose_order_is_unknown_are_noted():
         encoder, x = fitted({"t": days})
         np.testing.assert_array_equal(x[:, 1], [1, 3])
         assert "the order of day and month is ambiguous" in reasons(encoder, "t")[0][1]
+    encoder, _ = fitted({"t": ["1/1/2020", "2/2/2020"]})  # both readings agree
+    assert "ambiguous" not in reasons(encoder, "t")[0][1]
     np.testing.assert_array_equal(fitted({"t": ["1.2.2020", "3.4.2020"]})[1][:, 1], [2, 4])
 
 

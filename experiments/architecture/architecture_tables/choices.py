@@ -21,7 +21,7 @@ from metaopt import nas
 from metaopt.nas.search import _score_prior
 
 GRIDS = ((1e-3, 1e-2, 1e-1, 1.0, 10.0), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0))  # of digits, of pairs
-NUM_HALVES = 20  # times two halves of a table
+NUM_HALVES = 20  # random divisions of a table into two halves
 
 
 def percentiles(losses: np.ndarray) -> np.ndarray:
@@ -55,7 +55,10 @@ def searched(searcher: nas.CellSearcher, table: nas.Benchmark, losses: np.ndarra
 
 
 def half(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of two halves of a table. A single best row owes much to chance; many halves have many."""
+    """Returns the rows of two random halves of a table.
+
+    A whole table has a single best row, which owes much to chance. Many halves have many best rows.
+    """
     rows = np.random.default_rng(seed).permutation(num)
     return rows[: num // 2], rows[num // 2 :]
 
@@ -115,7 +118,7 @@ def gathered(outcomes: list[list[dict]], valid: list[np.ndarray], test: list[np.
     """Combines the outcomes of K keys × T tasks. The losses [A] of each task define its ties."""
     rows = [best_by_validation(losses) for losses in valid]
     ties = [percentiles(losses)[tied] for losses, tied in zip(test, rows, strict=True)]
-    # Saved outcomes are relative to the first of the ties.
+    # Saved outcomes are relative to the first of the tied rows. The shift makes them relative to the mean of the ties.
     shift = np.array([losses[tied[0]] - losses[tied].mean() for losses, tied in zip(test, rows, strict=True)])
 
     def together(part):

@@ -19,7 +19,7 @@ BARS = {  # stated before any run
 def rows_of(name: str, judged: dict[str, np.ndarray]) -> list[list[str]]:
     """Returns a row per method: its mean, the value of each task, its wins and its bar.
 
-    The deviation is over keys, of the means over tasks.
+    With several keys of training, the deviation is that of the mean over tasks, from key to key.
     """
     rows = []
     for method, values in judged.items():

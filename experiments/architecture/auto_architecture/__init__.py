@@ -11,8 +11,8 @@ The four steps, on real images and tables:
 4. Fine-tune α and the weights on these tasks by a few alternations.
 
 A second h learns from records of tasks of the same families. Each task has its own random networks, which were trained
-on it. The records estimate how much every op adds to the validation loss. A third method combines both, in the same
-units.
+on it. The records estimate how much every op adds to the validation loss. A third method combines the α of both h, in
+the same units.
 
 The baselines are the best fixed architecture, random search, regularized evolution, and DARTS on each task. DARTS uses
 the best of several orders, rates, and ways to read an architecture from α. Every choice is made on validation rows of
@@ -27,7 +27,7 @@ Finished parts (random networks and folds) are saved next to the result and do n
 --report` only makes the tables. Parts of earlier code are only used with --any-code or --report, and the result states
 how many there are.
 
-The images are scikit-learn's digits: the two halves of its classes stand for two families. The environment variable
-METAOPT_DATA names a folder, and adds its image sources and tables. Then a family of images is a whole source. Tasks and
-spaces are in image_table_tasks.py.
+Without a data folder, the images are scikit-learn's digits, and the two halves of its classes are two families. If the
+environment variable METAOPT_DATA names a data folder, the image sources and tables of this folder are used, too. Then a
+family of images has whole sources. Tasks and spaces are in image_table_tasks.py.
 """

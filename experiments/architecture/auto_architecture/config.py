@@ -10,7 +10,7 @@ class Config:
     """The sizes of an experiment."""
 
     shapes: tuple[str, ...] = SHAPES
-    # of `num_folds`, by family; an h that was trained on the other folds predicts each fold
+    # The evaluated ones of `num_folds` folds of families. For each of them, h is trained on the other folds.
     folds: tuple[int, ...] = (0,)
     num_folds: int = 3
     max_tasks: int = 40  # of each shape
@@ -29,8 +29,8 @@ class Config:
     num_hidden: int = 8
     fine_tune_steps: int = 8
     darts_steps: int = 60
-    rates: tuple[float, ...] = (0.05,)  # of α in fine-tuning; the best of several
-    darts_rates: tuple[float, ...] = (0.05,)  # of α in DARTS
+    rates: tuple[float, ...] = (0.05,)  # candidates for the rate of α in fine-tuning
+    darts_rates: tuple[float, ...] = (0.05,)  # candidates for the rate of α in DARTS
     darts_orders: tuple[str, ...] = ("second",)
     trusts: tuple[float, ...] = (0.0, 0.5, 1.0)
     left_out: float = 0.25  # share of the meta-training families that select trust and rates

@@ -83,9 +83,9 @@ class Darts:
           held: keys of the searches [n], the key that all networks are trained with, tasks, test.
 
         Returns:
-          "rates" tried. By reading: "losses" (validation, of each rate on the tuning tasks), "rate" (the best),
-          "scores" [n, 2] (test loss and error), and "architectures". Also by reading: "supernets" [n, 2, 2] (test loss
-          and error, of `Shape.gaps`).
+          "rates": the rates that were tried. All other entries are dicts by reading. "losses" are the validation losses
+          of all rates on the tuning tasks, and "rate" is the best one. "scores" [n, 2] are test loss and error.
+          "supernets" [n, 2, 2] are those of `Shape.gaps`. "architectures" are descriptions.
         """
         shape, rates = self.shape, list(self.shape.config.darts_rates)
         search_keys, check_keys, some, some_test = tuning

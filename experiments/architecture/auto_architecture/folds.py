@@ -33,11 +33,11 @@ def take(tree, rows):
 
 
 class Fold(NamedTuple):
-    """What all steps of a fold share."""
+    """The data that all steps of a fold share."""
 
     p: Prepared
     number: int
-    keys: jax.Array  # [16]; one for each step, by its place
+    keys: jax.Array  # [16]; each step uses a fixed index
     train_rows: np.ndarray  # meta-training tasks
     learn_rows: np.ndarray  # those of them that h learns from
     left_rows: np.ndarray  # those of left-out families

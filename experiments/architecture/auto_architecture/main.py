@@ -23,14 +23,14 @@ from experiments.architecture.auto_architecture.report import finish
 from experiments.architecture.auto_architecture.results import costs_of, joined
 from experiments.architecture.auto_architecture.shapes import run_shape
 
-# These files compute no part of a fold: they may change, and finished parts still count as made by the same code.
+# No part of a fold depends on these files. If they change, finished parts still count as made by the same code.
 ONLY_SHOWS = ("results", "report", "reading")
 
 
 def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple) -> None:
     """Runs a shape on one core.
 
-    Programs this small do not profit from more, and processor seconds refer to one core.
+    Programs this small are not faster on several cores, and processor seconds refer to one core.
     """
     begin = time.perf_counter()
     say = lambda text: print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
@@ -44,7 +44,7 @@ def one_shape(name: str, core: int, compiled: str, arguments: tuple, kept: tuple
 
 
 def one_shape_reported(*args) -> None:
-    """Does the same in a separate process, which prints its own reports."""
+    """Calls `one_shape` in a separate process, which prints its own progress."""
     with script.reporting():
         one_shape(*args)
 

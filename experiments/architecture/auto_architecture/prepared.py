@@ -46,7 +46,10 @@ def leave_out(units: list[Unit], rows: np.ndarray, share: float, rng) -> tuple[n
 
 
 def rows_of_fold(p: Prepared, f: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Returns four sets of rows: meta-training tasks, those for h, those left out of them, and held-out tasks."""
+    """Returns four sets of rows: meta-training tasks, those that h learns from, left-out ones, and held-out tasks.
+
+    h learns from some families of the meta-training tasks. Their other families are the left-out ones.
+    """
     train_rows = np.flatnonzero(p.fold != f)
     learned, left = leave_out(p.units, train_rows, p.shape.config.left_out, np.random.default_rng((seed, f, 2)))
     held = np.random.default_rng((seed, f)).permutation(np.flatnonzero(p.fold == f))[: p.shape.config.held_out]

@@ -110,7 +110,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         values, (folds, read) = np.array(result["values"]), read_folds(result)
         families = np.array(result["families"])
         names = [(f, family) for f in np.unique(folds) for family in sorted(set(families[folds == f]))]
-        if len(names) > 12:  # too many to name: the tasks of a fold, in the order of the features' principal direction
+        if len(names) > 12:  # too many names: shows single tasks, along the principal direction of their features
             direction = np.linalg.svd(within(values, folds), full_matrices=False)[2][0]
             order_of_tasks = np.lexsort((values @ direction, folds))
             shown = x[order_of_tasks].T

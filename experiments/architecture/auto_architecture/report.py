@@ -1,6 +1,6 @@
 """The page of the result: tables and sentences.
 
-This file computes no part of a result. So it may change, and the finished parts still count as made by the same code.
+No part of a result depends on this file. If it changes, finished parts still count as made by the same code.
 """
 
 import json

@@ -102,8 +102,8 @@ def costs_of(kept: dict[str, Any], shape: str) -> dict[str, Any]:
     """Returns the costs of the parts of the work on one task, for DARTS by order."""
     costs, darts = kept[f"{shape}, costs"], kept[f"{shape}, costs of DARTS"]
     clock, by_order = costs["seconds"], darts["seconds"]
-    # Older parts measured one order of DARTS together with training runs. The other orders are scaled to the same
-    # units, since machines differ.
+    # Older parts timed the second order of DARTS in the same run as a training run, and all orders in a later run.
+    # Machines differ, so all orders are scaled such that the second one has its time in the first run.
     scale = clock["DARTS"] / by_order["second"] if "DARTS" in clock else 1.0
     return {
         "operations": {"fine-tuning": costs["operations"]["fine-tuning"], "alternation": darts["operations"]},

@@ -54,7 +54,7 @@ def outcomes_of(shape: Shape, codes: np.ndarray, key: jax.Array, batch, test) ->
 
 
 def losses_of_records(shape: Shape, codes: np.ndarray, key: jax.Array, batch, test) -> np.ndarray:
-    """Returns [records, tasks] validation losses of networks [records, tasks, edges], at most those of chance."""
+    """Returns [records, tasks] validation losses of networks [records, tasks, edges], clipped at the loss of chance."""
     keys = jax.random.split(jax.random.fold_in(key, 1_000_000), max(len(codes), 1))
     runs = [shape.train(k, shape.one_hot(c), batch, test) for k, c in zip(keys, codes, strict=False)]
     return np.minimum([outcomes[:, 0] for outcomes, _ in runs], np.log(NUM_CLASSES))
@@ -85,7 +85,7 @@ def run_shape(name: str, config: Config, use_folder: bool, seed: int, say: Calla
     data = functools.reduce(lambda total, leaf: zlib.crc32(np.ascontiguousarray(leaf), total), leaves, 0)
     random = kept.get(f"{name}, random networks", data, train_random)
     say(f"{name}: {config.trained} random networks on each task")
-    # Each task gets its own networks: the value of an op needs more networks than the few that all tasks share.
+    # Each task gets its own networks: the few that all tasks share are not enough to estimate the value of an op.
     record_codes = np.stack([rng.integers(0, size, (config.records, len(units))) for size in shape.sizes()], -1)
 
     train_records = lambda: {"losses": losses_of_records(shape, record_codes, train_key, batch, test).tolist()}

@@ -78,7 +78,7 @@ class Shape:
             learn_init=True,
             **self.options,
         )
-        # Only one op per edge runs, since networks follow one another in a loop.
+        # Networks are trained one after another in a loop. So only one op per edge runs.
         one = nas.architecture_search(
             self.network,
             self.in_shape,

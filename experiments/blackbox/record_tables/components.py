@@ -1,14 +1,15 @@
 """The first trial by features: Gaussian processes predict principal components of the tasks' regrets.
 
-The regrets [S, C] of the earlier tasks have the mean m over tasks, and a few directions v_j in which tasks differ. Each
-component is a Gaussian process of a task's ranked features. Its length and noise have the smallest error if a family is
-left out; a component that features do not predict stays at its mean. So a new task has the expected regrets
-m + Σ_j μ_j v_j. The best configuration c₀ on average is replaced only if this is supported:
+The regrets [S, C] of the earlier tasks have the mean m over tasks, and a few directions v_j in which tasks differ. A
+Gaussian process predicts each component from a task's ranked features, with mean μ_j. Its length scale and noise are
+those with the smallest error on families that are left out. If the features do not reduce this error, the component
+stays at its mean. So a new task has the expected regrets m + Σ_j μ_j v_j. The best configuration c₀ on average is
+replaced only if this is supported:
 
     the largest E[f(c₀) − f(c)] − κ sd[f(c₀) − f(c)],    0 for c₀
 
-The variance has the posterior variances of the components, and that of the mean over tasks. κ = 1 was chosen on
-families of folds 0 to 2 only.
+The variance is the sum of the posterior variances of the components and of the variance of the mean over tasks. κ = 1
+was chosen on families of folds 0 to 2 only.
 """
 
 from typing import NamedTuple

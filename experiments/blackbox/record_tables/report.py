@@ -12,7 +12,7 @@ from experiments.blackbox.record_tables.tables import Records
 
 
 def over_keys(result: Found) -> str:
-    """Returns a table of the deviations of the means over tasks between keys of the training."""
+    """Returns a table: how much the mean regret over tasks varies from key to key of the training."""
     rows = []
     for name, curves in result.by_key.items():
         if len(curves) == 1:

@@ -87,7 +87,7 @@ def search(surrogate, x, functions, weights, error, start, distances, adaptation
 def plain_search(grams, error, starts):
     """Returns [runs, NUM_TRIALS] trials of one Gaussian process, by expected improvement.
 
-    Its kernel (of K), mean and amplitude are set by maximum likelihood.
+    Before each trial, its kernel (one of K, see `grams`), mean and amplitude are set by maximum likelihood.
     """
     open_ = jnp.isfinite(error)
     error = jnp.where(open_, error, 0.0)

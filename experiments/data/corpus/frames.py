@@ -18,7 +18,7 @@ class Frame(NamedTuple):
       package: the R package.
       item: the name of the table in the package.
       data: its rows; at most `MAX_ROWS`, drawn with a fixed seed.
-      keys: of all columns of numbers, with all their rows.
+      keys: the keys of all numeric columns, from all rows of the table.
     """
 
     package: str

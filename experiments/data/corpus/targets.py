@@ -105,8 +105,9 @@ def labels_of(column: Column, kind: str, rng: np.random.Generator) -> np.ndarray
 def determines(column: Column, labels: np.ndarray) -> bool:
     """Whether the column gives the class away.
 
-    A column of few values does if the most frequent class of each value is right for 98.5 % of the rows, unless one
-    class has 97 % of them anyway. A column of many values does if the classes form a few intervals on it.
+    A column of few values does so if a guess of the most frequent class for each value is right in 98.5 % of the rows.
+    (This does not count if a single class has 97 % of the rows.) A column of many values does so if the classes form a
+    few intervals of its values.
 
     Args:
       column: an input.
@@ -159,7 +160,10 @@ def make_task(
 
 
 def _sample_rows(labels: np.ndarray, rng: np.random.Generator, may_be_small: bool) -> np.ndarray:
-    """Returns a sample of the rows. It can be small: of two fifths of the larger tables. Rare classes are dropped."""
+    """Returns a sample of the rows, without rare classes.
+
+    With `may_be_small`, two fifths of the larger tables get a small sample.
+    """
     num = min(len(labels), MAX_TASK_ROWS)
     if may_be_small and num > 150 and rng.random() < 0.4:
         num = int(np.exp(rng.uniform(np.log(100), np.log(num))))

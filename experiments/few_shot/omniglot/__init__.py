@@ -14,13 +14,13 @@ baseline that every method must beat.
 
 The number of inner steps at test is chosen by validation, for each number of shots. If a method learns a head, it has a
 training for each number of shots (with --small, only for one shot). The lower picture has the accuracy after 0 to 10
-inner steps, for any number of steps in training.
+inner steps at test, whatever the number of inner steps in training.
 
-Main observations in the committed results, at full size, with minutes of a core for a training: prototypical networks
+Main observations in the committed results: at full size, each training had minutes of a core. Prototypical networks
 reach most of the accuracy in the literature. MAML with the batch's statistics reaches less, especially with 20 ways.
-With --small, a minute for a training, all methods except CAVIA are ahead of pixel prototypes with 5 ways and one shot.
-The largest gains are those of class means in feature space. Fine-tuning from them is next, and then MAML, with ten
-inner steps at test after three in training.
+With --small, each training had a minute. There, all methods except CAVIA are ahead of pixel prototypes with 5 ways and
+one shot. The largest gains are those of class means in feature space. Fine-tuning from them is next, and then MAML,
+with ten inner steps at test after three in training.
 
 A training is saved in the folder that `--work` names, with the split and its scores, separately for each version of the
 code. If it was stopped, call the script again with the same arguments, and it continues from there. Omniglot is read

@@ -1,4 +1,4 @@
-"""The images, and what does not learn from them or only scales their features."""
+"""The images, a classifier that does not learn, and the scaling of features by a context vector."""
 
 from collections.abc import Callable
 from pathlib import Path

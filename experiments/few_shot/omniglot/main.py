@@ -19,7 +19,10 @@ from experiments.few_shot.omniglot.training import Trained, num_tasks, train
 
 
 def parse() -> tuple[argparse.Namespace, Scale]:
-    """Returns the options and the sizes. `own_head` and `own_shots` are the ways and shots with a training each."""
+    """Returns the options and the sizes.
+
+    Each number of ways in `own_head`, and each number of shots in `own_shots`, has its own training.
+    """
     parser = script.parser(omniglot.__doc__, num_seeds=1)
     parser.add_argument("--small", action="store_true", help="a network and a number of steps for one processor core")
     parser.add_argument("--split", choices=("official", "random"), default="official")

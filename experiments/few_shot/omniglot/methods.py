@@ -13,7 +13,7 @@ class Scale(NamedTuple):
     filters: int = 64
     blocks: int = 4
     steps: int = 20_000  # of prototypical networks; other methods take a share of it
-    tasks: int = 16  # per step, of five ways; a quarter as many of twenty
+    tasks: int = 16  # per step, with five ways; a quarter as many with twenty ways
     episodes: int = 600
     checks: int = 10  # validations per training
     inner_steps: int = 1  # of MAML and of the methods with MAML's T
@@ -30,7 +30,7 @@ class Row(NamedTuple):
     share: float  # share of the outer steps
     ways: bool = True  # whether it needs a separate head for each number of ways
     normalization: str = "support"
-    shots: int | None = None  # in training, for any requested number
+    shots: int | None = None  # a fixed number in training, whatever the number at test
     at_test: Callable | None = None  # another adaptation, at test
     head: float = 0.0  # standard deviation of the head's weights at the start, times √D
     context: int = 0  # entries of a context vector that scales and shifts the features
@@ -87,7 +87,7 @@ ROWS = {
 }
 
 
-# The same with other statistics; the row above uses those of the support set.
+# MAML with other statistics in its normalization. Its row above uses those of the support set.
 ROWS |= {
     f"MAML, {name}": Row(
         lambda f, loss, T, k=keep: few_shot.maml(loss, num_steps=T, **KEEP | {"keep_support": k}), 0.5, True, name

@@ -71,7 +71,7 @@ def report(evaluations: dict[str, evaluation.Evaluation], trainings: dict[str, l
 
 
 def missed(means: dict[str, dict[str, float]], transductive: Collection[str]) -> str:
-    """Lists missed aims, by the digits shown.
+    """Lists missed aims. Numbers are rounded as in the tables before they are compared.
 
     The aims are that every method is above pixel prototypes, and that MAML has the literature's accuracy.
 

@@ -2,7 +2,7 @@
 
 Six sources of 14 × 14 images: Omniglot, drawings (QuickDraw), sign digits, spoken digits (spectrograms), Fashion-MNIST,
 MNIST. For each of the last five there is one training, on Omniglot's background characters and the four others. It is
-scored on the source that it never saw. For Omniglot, the first training is scored on its evaluation characters. Ways,
+scored on the source that it never saw. The first training is also scored on Omniglot's evaluation characters. Ways,
 shots and the balance of classes vary as in Meta-Dataset, with smaller numbers. If a source knows who drew or spoke,
 support and query are by different people.
 

@@ -97,7 +97,7 @@ def beside_the_image(network: few_shot.ConvNet) -> few_shot.ConvNet:
 
     def features(params, batch):
         learned = network.features(params, batch)
-        support = params.get("support", batch)  # a support set is its own
+        support = params.get("support", batch)  # for a support set, the batch itself
         mean = (of_length_1(support) * support["mask"][:, None]).sum(0) / support["mask"].sum()
         image = of_length_1(batch) - mean
         gain = params["gain"]

@@ -36,7 +36,9 @@ def by_number(result: evaluation.Evaluation) -> str:
 
 
 def missed(means: dict[str, dict[str, float]], against: dict[str, tuple[float, float]]) -> str:
-    """Lists methods that miss the aim, to be above pixel prototypes, by the digits in the table.
+    """Lists methods that miss the aim, which is to be above pixel prototypes.
+
+    Numbers are rounded as in the table before they are compared.
 
     Args:
       means: method -> source -> mean accuracy.

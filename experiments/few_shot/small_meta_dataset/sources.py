@@ -17,7 +17,7 @@ from metaopt import tasks
 def drawn_rows(source: tasks.Source, rows: int, *, fresh: bool = False) -> np.ndarray | None:
     """Returns at most `rows` random rows; None means all rows.
 
-    With `fresh`, it returns other rows if the source has as many more.
+    With `fresh`, these are other rows than without it, if the source has at least `2 * rows` rows.
     """
     if source.name == "omniglot" or len(source.x) <= rows:
         return None
@@ -29,7 +29,7 @@ def drawn_rows(source: tasks.Source, rows: int, *, fresh: bool = False) -> np.nd
 def small(source: tasks.Source, rows: int, *, fresh: bool = False) -> tasks.Source:
     """Returns fewer random rows, and images of half the size.
 
-    With `fresh`, other rows if the source has as many more.
+    With `fresh`, these are other rows than without it, if the source has at least `2 * rows` rows.
     """
     kept = drawn_rows(source, rows, fresh=fresh)
     source = source if kept is None else source.keep(rows=kept)
@@ -44,7 +44,7 @@ def weights(sources: Sequence[tasks.Source], left_out: str) -> list[float]:
 def of_all_trainings(make: Callable, left_out: Sequence[str]) -> Partial:
     """Returns one sampler whose data have a leading axis of trainings.
 
-    These only differ in the shares of the sources.
+    The trainings only differ in the shares of the sources.
     """
     some = [make(name) for name in left_out]
     return Partial(some[0].func, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.args for one in some)))

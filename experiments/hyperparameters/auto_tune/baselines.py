@@ -28,7 +28,7 @@ def random_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
 
 
 def tpe_search(key, trials: Trials, space, num: int, report) -> np.ndarray:
-    """Does the same by Optuna's TPE, with one study per unit.
+    """Returns the outcomes of Optuna's TPE in the same form, with one study per unit.
 
     All studies advance together, so that runs are batched.
     """
@@ -168,7 +168,11 @@ def baselines(keys, trials: Trials, space, config: Config, ensembles: Future | N
 
 
 def earlier_baselines(earlier: dict, defaults: np.ndarray, tables, units: list[Unit], order: np.ndarray):
-    """Yields the same from earlier results. The runs agree if training with the defaults has the same scores."""
+    """Yields the same as `baselines`, from earlier results.
+
+    Raises ValueError if a result is missing, or if the runs differ. They agree if training with the defaults has the
+    same scores in both.
+    """
     row_of = {pair: i for i, pair in enumerate(zip(earlier["tables"], earlier["seeds"], strict=True))}
     pairs = [(tables[units[u].table].name, units[u].seed) for u in order]
     missing = [pair for pair in pairs if pair not in row_of]

@@ -28,7 +28,7 @@ class Config:
     batch_size: int = 64
     num_members: int = 4
     num_hidden: int = 32
-    folds: tuple[int, ...] = (0,)  # of five, by family; a g that was trained on the other folds predicts each fold
+    folds: tuple[int, ...] = (0,)  # out of five folds of families; a g from the other folds predicts each
     num_seeds: int = 2  # each has its own split of the rows, initialization and order of the data
     max_tables: int | None = None
     max_rows: int = 5000

@@ -37,7 +37,7 @@ class Learning:
 
 
 class Learned(NamedTuple):
-    """By fold, learned without the families of the fold. Predictions have a leading axis over all units."""
+    """Results of learning by fold, without the families of the fold. Predictions have a leading axis over all units."""
 
     one_for_all: dict[int, Any]
     by_ensemble: dict[int, Any]  # λ = g(t)

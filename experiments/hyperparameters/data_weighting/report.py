@@ -18,7 +18,10 @@ def cell(values: np.ndarray, digits: int = 3) -> str:
 
 
 def losses_table(runs: list[dict]) -> str:
-    """Returns test losses. A share is of the difference between uniform weights and clean windows, seed by seed."""
+    """Returns the table of test losses.
+
+    A "% of the gap" is a share of the difference between uniform weights and clean windows, computed for each seed.
+    """
     uniform, clean = (column(runs, name, "losses") for name in ("uniform weights", "clean windows"))
     rows = []
     for name in runs[0]:

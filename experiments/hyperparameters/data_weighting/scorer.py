@@ -21,9 +21,10 @@ def init(key: jax.Array):
 
 
 def score(params, windows: jax.Array) -> jax.Array:
-    """Returns logits of weights [B]: a linear function of mean units of pairs of characters, and of repetitions.
+    """Returns logits of weights [B]: a linear function of hidden units and of repetitions.
 
-    A repetition at a lag is the share of characters that equal the one that many places before.
+    A hidden unit reads pairs of neighboring characters, and is averaged over the window. A repetition at a lag is the
+    share of characters that equal the one that many places before.
     """
     units = jnp.tanh(params["first"][windows[:, :-1]] + params["second"][windows[:, 1:]]).mean(1)
     repeated = [(windows[:, lag:] == windows[:, :-lag]).mean(1, dtype=units.dtype) for lag in LAGS]

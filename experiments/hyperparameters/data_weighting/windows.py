@@ -31,7 +31,8 @@ class Texts(NamedTuple):
 
     Attributes:
       pool: the windows from which weights are learned.
-      unseen: as many windows of other text, with other corruptions. Only scored and trained on.
+      unseen: as many windows of other text, with other corruptions. They are only scored, and models are trained on
+        them.
       valid, test: [V, L + 1] and [M, L + 1], clean windows.
     """
 

@@ -47,7 +47,7 @@ def run_seed(seed: int, settings: Settings, sources: dict, judged: dict, cifar: 
                     accuracies.setdefault((name, source, shots), []).append(
                         float(judge(key, points[shots], started)[1])
                     )
-    # The unit of cost is a fine-tuning as the grid makes it, on a training task; all of these have the same shapes.
+    # The unit of cost is one fine-tuning of the grid, on a training task. All training tasks have the same shapes.
     task = methods.sample_training_task(methods.generator(keys[3]), sources, start, settings.shots[0], settings)
     one = lambda hp: judge(keys[0], hp, task)
     num_grid = len(methods.grids()["hand-set rates"]) * settings.grid_tasks * len(settings.shots)

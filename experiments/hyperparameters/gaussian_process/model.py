@@ -96,7 +96,12 @@ def _cross(hp: base.HyperParams, task: base.Task) -> jax.Array:
 
 
 class Model(NamedTuple):
-    """A model by its outer losses: on other rows, which judges and trains g, and on the training rows of one table."""
+    """A model, defined by its outer losses.
+
+    Attributes:
+      outer: the loss on other rows, by which g is trained and judged.
+      tuned: the loss on the training rows of one table, by which λ is tuned on this table.
+    """
 
     outer: Callable
     tuned: Callable

@@ -21,7 +21,7 @@ from experiments.data.corpus.targets import Column, columns_of, determines
 from experiments.hyperparameters.gaussian_process import features
 from metaopt import base, tasks
 
-MAX_LEVELS = 8  # more levels of a categorical column have no column
+MAX_LEVELS = 8  # at most so many indicators for a categorical column; rarer levels get none
 MAX_TARGETS, MAX_PER_FAMILY = 3, 4
 MIN_DISTINCT, MIN_ROWS, MAX_ROWS = 12, 70, 300
 DEVELOPMENT_SHARE = 0.2

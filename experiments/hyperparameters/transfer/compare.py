@@ -24,8 +24,8 @@ NUM_KEYS = 2  # runs for each task
 def compare(config: Config, pools: list[pool.Pool], folders: Sequence[Path]) -> None:
     """Prints the validation loss on all development tasks, averaged over families, with 95 % intervals.
 
-    Of each folder, it compares one λ for all (the mean of all seeds), g of every seed, and their mean. Differences are
-    to the first folder's mean of g. All methods have the same keys.
+    For each folder, it compares one λ for all (the mean over seeds), the g of every seed, and the mean of these g.
+    Differences are to the mean of g of the first folder. All methods have the same keys.
     """
     network = make_network(config.run)
     default = spaces.to_unconstrained(network.space, spaces.default(network.space))

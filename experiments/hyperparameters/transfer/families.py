@@ -12,8 +12,8 @@ from metaopt import tasks
 
 FILE = Path(__file__).with_name("families.json")
 DEVELOPMENT_SHARE = 0.15
-# R tables with the rows of a judged table that no other rule recognizes. All columns of `biopsy`, which is `breast-w`,
-# have ten values each.
+# R tables that hold the rows of a judged table, although no other rule recognizes them. `biopsy` is `breast-w`. Each of
+# its columns has ten values, too few to identify the table.
 OTHER_NAMES = frozenset(("biopsy",))
 
 

@@ -34,7 +34,7 @@ class Judged(NamedTuple):
     """The tables to judge on.
 
     Attributes:
-      tables: their tables.
+      tables: the tables, each once.
       units: tables under several splits of their rows, in the order of `trials.units`.
       trials: trains on all units at once.
       tuning: a few hypergradient steps on all units.
@@ -110,7 +110,7 @@ class Finished:
         if not path.is_file():
             begin = time.process_time(), time.perf_counter()
             outcomes = {label: [outcome.scores.tolist(), outcome.runs] for label, outcome in make().items()}
-            # Other processes may have worked: then the time of the clock is larger.
+            # If other processes did the work, only the wall-clock time includes it.
             seconds = max(time.process_time() - begin[0], time.perf_counter() - begin[1])
             path.write_text(json.dumps({"seconds": seconds, "outcomes": outcomes}))
             print(f"{name}: done", flush=True)
@@ -181,7 +181,10 @@ def _repeat(hyperparams, num: int):
 
 
 def _start_outcomes(config: Config, judged: Judged, once: Finished, name: str, label: str, start, seed=None):
-    """Returns the outcomes of `_start_methods`. λ of all units, and so the trained g, determines them."""
+    """Returns the outcomes of `_start_methods`, kept for these λ.
+
+    `start` has λ of all units. So a g that predicts other λ has other outcomes.
+    """
     make = partial(_start_methods, config, judged, jax.random.key(KEY), label, start, seed)
     settings = config.proposals, config.spread, config.fine_tune_steps, config.fine_tune_rate
     return once(name, make, label, settings, start)

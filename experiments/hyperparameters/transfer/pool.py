@@ -101,7 +101,7 @@ def _padded(prepared: list[tasks.PreparedTable], config: Config, width) -> dict[
 
 
 def load_pools(config: Config, folder: Path) -> list[Pool]:
-    """Reads what `prepare_corpus` wrote."""
+    """Reads the files that `prepare_corpus` wrote."""
     pools = []
     for k in range(len(config.widths)):
         path = folder / f"pool_{k}.npz"

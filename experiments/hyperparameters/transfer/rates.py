@@ -71,9 +71,9 @@ def tune_all(
     rates=RATES,
     keep: Callable[[str, Callable[[], dict]], dict] = lambda name, make: make(),
 ) -> Tuned:
-    """Fine-tunes every task with every rate. The last training run of each λ has another key than the steps.
+    """Fine-tunes every task with every rate. The last training run of each λ has a different key from the steps.
 
-    `keep` takes a name and a function that computes losses, and returns what the function returns or has returned.
+    `keep(name, make)` returns the losses that `make()` computes, or those that it computed in an earlier run.
     """
     recorded, tune = Recorded(network, parts), make_tune(network, num_steps)
     step_key, run_key = jax.random.split(jax.random.key(KEY))
@@ -95,7 +95,10 @@ def tune_all(
 
 
 def rates_table(tuned: dict[str, Tuned], family: np.ndarray, small: np.ndarray, rates=RATES) -> str:
-    """Returns mean test losses over families, and differences to no step and to the default rate, with intervals."""
+    """Returns the table of mean test losses over families.
+
+    It also has the differences to the start, before any step, and to the default rate, with intervals.
+    """
     header = ["start", "rate", "test log loss", "below 500 rows", "difference to the start", "to the rate 0.1"]
     compared = lambda a, b: with_interval(family_means(a - b, family))
     lines = []

@@ -31,7 +31,10 @@ SPREADS = (0.0, *[0.5] * 7, *[1.0] * 8)  # of the draws that are recorded on eac
 
 
 def learning_parts(config: Config, folder: Path) -> list[Part]:
-    """Returns one task of each family to learn from, at most `config.recorded_tasks`. Validation rows judge, too."""
+    """Returns one task of each family to learn from, at most `config.recorded_tasks`.
+
+    Validation rows also serve as test rows.
+    """
     pools, rng = pool.load_pools(config, folder), np.random.default_rng(TASK_SEED)
     family = np.concatenate([own.family for own in pools])
     number = np.concatenate([np.full(len(own.family), k) for k, own in enumerate(pools)])

@@ -88,7 +88,10 @@ def agreement(difference: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 
 
 def nearness(config: Config, folder: Path, raw: np.ndarray) -> np.ndarray:
-    """Returns [n] min(1, m / d): d is the mean distance to the ten nearest learning tasks, m its median for these."""
+    """Returns [n] min(1, m / d), where d is the mean distance of a task to the ten nearest learning tasks.
+
+    m is the median of this distance over the learning tasks themselves.
+    """
     scaling = metaopt.load(folder / "g_0.npz").scaling
     learning = []
     for k in range(len(config.widths)):
@@ -153,7 +156,7 @@ def run_stages(config: Config, folder: Path, parts: list[Part]) -> Stage:
 
 
 def digest_of_runs(config: Config, parts: list[Part], z: dict[str, np.ndarray]) -> str:
-    """Returns a digest of all that determines the runs but the code: rows, starts, keys and settings."""
+    """Returns a digest of all that determines the runs, except the code: rows, starts, keys and settings."""
     settings = config.proposals, config.spread, config.fine_tune_steps, config.fine_tune_rate, NUM_TRIALS, KEY
     return digest([(part.task, part.test) for part in parts], z, dataclasses.asdict(config.run), settings)
 
@@ -215,7 +218,7 @@ def losses_of(parts: list[Part], runs: Stage) -> dict[tuple[str, str], np.ndarra
     return result
 
 
-# Sets of runs and their use; None is that of the row.
+# References: (set of runs, how they are used). None means the same as in the row of the table.
 REFERENCES = (
     ("g", "the best"),
     ("g + 9 draws", "the best"),

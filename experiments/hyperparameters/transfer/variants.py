@@ -1,7 +1,7 @@
 """Variants of the shipped g: a learned spread of the draws, and a set network over the rows next to the features.
 
 Each variant continues the training of one member of the shipped g, with the same tasks, keys and number of steps. The
-variant "longer" has nothing new: it is the control of the other two. Nothing is chosen by the development families, on
+variant "longer" has nothing new: it is the control of the other two. No choice is made on the development families, on
 which the variants are compared after the last step.
 """
 

@@ -63,7 +63,7 @@ def shrunken_platt(scores: jax.Array, y: jax.Array, shrinkage: jax.Array) -> jax
 
 
 def tuned_shrinkage(world: worlds.World, scores_of: Callable) -> jax.Array:
-    """Returns (a₀, ρ_a, ρ_b), chosen on the training sites of a world, for `scores_of` a task: `_pooled`, `_site_wise`.
+    """Returns (a₀, ρ_a, ρ_b), chosen on the training sites of a world. `scores_of` is `_pooled` or `_site_wise`.
 
     Patients outside the training sites have no effect.
     """
@@ -107,7 +107,10 @@ def shrinkages(world: worlds.World) -> dict[str, jax.Array]:
 
 @jax.jit
 def predict(world: worlds.World, site: jax.Array, rows: jax.Array, labelled: jax.Array) -> dict[str, jax.Array]:
-    """Returns name -> [R, n] probabilities, for R draws of labelled patients. The world has a plain pooled model."""
+    """Returns name -> [R, n] probabilities, for R draws of labelled patients.
+
+    The pooled models of the world have one intercept.
+    """
     chosen = shrinkages(world)
 
     def of_draw(drawn):

@@ -51,7 +51,7 @@ def predicted(trained: Trained, judged: Judged, world: worlds.World):
 def choices(patients: Patients, settings: Settings) -> dict[str, np.ndarray]:
     """Returns method -> [BY_SITE, sites, sites], log losses at the second site of a g that saw neither of the two.
 
-    Only an entry for a training site as the second one may decide for the first one.
+    The choice for the first site, which is left out, may only use its losses at the other sites.
     """
     num = len(patients.names)
     losses = {name: np.full((len(BY_SITE), num, num), np.nan) for name in METHODS}

@@ -44,8 +44,8 @@ def ridge_logistic(
 ) -> jax.Array:
     """Returns argmin_θ Σ_i w_i CE(rows_i·θ, target_i) + ½ Σ_j ρ_j (θ_j − center_j)².
 
-    Ten steps of Newton's method, each with the best of six lengths. Full steps are preferred by some rounding errors:
-    at the minimum, all lengths have the same value.
+    It takes ten steps of Newton's method, each with the best of six lengths. At the minimum, all lengths have the same
+    value except for rounding errors. So the full step gets an advantage of this size.
 
     Args:
       rows: [N, P].

@@ -90,7 +90,10 @@ def difference_table(patients: Patients, by_site: list[dict], num_bootstraps: in
 
 
 def conformal_table(patients: Patients, by_site: list[dict]) -> tuple[str, list[str]]:
-    """Returns the table of abstention, and the coverages of the leave-one-out sets beyond 2 points of the nominal."""
+    """Returns the table of abstention, and the missed aims.
+
+    The aim is that the coverage of the leave-one-out sets is within 2 points of the nominal one.
+    """
     rows, missed = [], []
     for site, arrays in enumerate(by_site):
         y, judged = patients.y[arrays["rows"]], arrays["judged"]

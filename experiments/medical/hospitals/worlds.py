@@ -31,7 +31,7 @@ class World(NamedTuple):
       y, site, age: [N]; the age is scaled.
       sites: [6], the training sites, each equally often.
       weights: [S, 1 + D + M], the pooled model for a task of each site: intercept and columns. It is fitted on the
-        training sites except for this one, so for a site outside the world on all of them.
+        training sites without this one. For a site outside the world, it is fitted on all training sites.
       groups: [1 + D + M, 3], to which of the three scores a column belongs.
     """
 
@@ -56,7 +56,8 @@ def pooled_fit(x: jax.Array, y: jax.Array, used: jax.Array, intercepts: jax.Arra
       x: [N, columns].
       y: [N].
       used: [N], 1 for patients that are used.
-      intercepts: [N, K], one column of ones, or one column for each site. The result has the mean of the used ones.
+      intercepts: [N, K], one column of ones, or one column for each site. The result has the mean intercept of the
+        sites with used patients.
       penalty: ρ of the columns, in ℓ = Σ CE + ½ ρ |w|².
     """
     rows = jnp.concatenate([intercepts, x], axis=1)
@@ -83,7 +84,10 @@ def platt(scores: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
 
 @jax.jit
 def _penalty_losses(x, y, site, intercepts, training):
-    """Returns [S, penalties], log losses of a left-out site after Platt scaling on it: its share may be another one."""
+    """Returns [S, penalties], the log losses of each site when it is left out.
+
+    Scores are first Platt-scaled on the left-out site, since its share of the sick may differ.
+    """
 
     def loss(left_out, penalty):
         used, judged = training[site] * (site != left_out), (site == left_out).astype(x.dtype)

@@ -31,7 +31,7 @@ TRUE_STARTS = ("training signal", "validation signal, decay too")
 DECAY_START = 0.01
 TUNER = optax.sgd(0.5)
 TUNERS = {"rate": TUNER, "decay": optax.sgd(2.0)}
-DECAYS = (0.01, 0.1, 1.0)  # besides optax's 1e-4, with every second rate: the grid of rates and decays
+DECAYS = (0.01, 0.1, 1.0)  # next to optax's 1e-4 in the grid of rates and decays, with every second rate
 FREE = {
     "prodigy": optax.contrib.prodigy,
     "dowg": optax.contrib.dowg,

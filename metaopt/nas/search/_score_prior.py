@@ -130,24 +130,24 @@ def score_prior(
 
 
 def _residual_variances(
-    rest: np.ndarray, rest_test: np.ndarray, tried: np.ndarray, both: np.ndarray
+    residuals: np.ndarray, test_residuals: np.ndarray, tried: np.ndarray, has_test: np.ndarray
 ) -> tuple[float, float, float]:
     """The variances of u, of u + d and of u + d + ε, from mean products of residuals.
 
     Args:
-      rest: [A, T] residuals of the validation scores, 0 where not tried.
-      rest_test: [A, T] residuals of the test scores, 0 where not in `both`.
+      residuals: [A, T] residuals of the validation scores, 0 where not tried.
+      test_residuals: [A, T] residuals of the test scores, 0 where not in `has_test`.
       tried: [A, T] whether an architecture was tried.
-      both: [A, T] whether it also has a test score.
+      has_test: [A, T] whether it also has a test score.
     """
     times = tried.sum(1)
-    total = (rest**2).sum() / tried.sum()
+    total = (residuals**2).sum() / tried.sum()
     # Over pairs of two tasks, Σ_{s ≠ t} r_s r_t = (Σ_t r_t)² − Σ_t r_t²; such residuals share only u.
-    shared_moment = (rest.sum(1) ** 2 - (rest**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
+    shared_moment = (residuals.sum(1) ** 2 - (residuals**2).sum(1)).sum() / max((times * (times - 1)).sum(), 1)
     shared = max(shared_moment, 0.0)
     # The validation and test residuals of one task share u and d.
-    real = min(max((rest * rest_test).sum() / max(both.sum(), 1), shared), total)
-    return shared, real, total
+    noise_free = min(max((residuals * test_residuals).sum() / max(has_test.sum(), 1), shared), total)
+    return shared, noise_free, total
 
 
 def task_coefficients(blocks: Sequence[tuple[np.ndarray, Sequence[float]]], scores: np.ndarray) -> np.ndarray:

@@ -340,6 +340,6 @@ def _prior(blocks, trials: _Trials, scores_fn: Callable, left_out: np.ndarray) -
     mean, slope = _score_weights.expected_scores(valid, fitted, any_task.mean(0), weights)
     prior = _score_prior.score_prior(blocks if weights.encoder else blocks[:2], valid, test)
     features = np.concatenate([block for block, _ in blocks], 1)
-    # 0 for the encoder's features without a share
+    # If the encoder has no share, the variances of its features are 0.
     coefficient_variances = np.pad(prior.own, (0, features.shape[1] - len(prior.own)))
     return prior._replace(mean=mean, features=features, own=coefficient_variances), weights.features * slope
