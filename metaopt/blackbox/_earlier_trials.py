@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,10 +178,7 @@ def features_by_task(names: list[str], features: Mapping[str, Any] | None) -> np
     """
     if features is None:
         return None
-    if not any(name in features for name in names):
-        raise ValueError(
-            f"`features` has none of the records' tasks, {first_names(names)}; its keys are {first_names(features)}."
-        )
+    check_task_names("features", features, names)
     lacking, others = [n for n in names if n not in features], [n for n in features if n not in names]
     if lacking and others:
         warnings.warn(
@@ -223,3 +220,11 @@ def first_names(names) -> str:
     """The first few names, to show a mismatch in a message."""
     names = list(names)
     return ", ".join(repr(name) for name in names[:3]) + (" ..." if len(names) > 3 else "") if names else "none"
+
+
+def check_task_names(argument: str, entries: Collection[str], names: Sequence[str]) -> None:
+    """Raises ValueError if no task of the records, whose names are `names`, has an entry in the argument."""
+    if not any(name in entries for name in names):
+        raise ValueError(
+            f"`{argument}` has none of the records' tasks, {first_names(names)}; its keys are {first_names(entries)}."
+        )

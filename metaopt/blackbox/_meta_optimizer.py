@@ -13,9 +13,9 @@ from metaopt.blackbox._datasets import check_datasets, features_of_datasets, is_
 from metaopt.blackbox._earlier_trials import (
     as_records,
     by_task,
+    check_task_names,
     costs_by_task,
     features_by_task,
-    first_names,
     inferred_space,
     stands_for_nothing,
     warn_of_foreign,
@@ -228,10 +228,8 @@ def train_meta_optimizer(
     warn_of_foreign(space, records)
     encode = encoder(space)
     names, trials = by_task(records, encode)
-    if families is not None and not any(name in families for name in names):
-        raise ValueError(
-            f"`families` has none of the records' tasks, {first_names(names)}; its keys are {first_names(families)}."
-        )
+    if families is not None:
+        check_task_names("families", families, names)
     family = [name if families is None else families.get(name, name) for name in names]
     reads = None
     if datasets is not None:
