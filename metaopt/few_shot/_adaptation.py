@@ -27,7 +27,6 @@ import optax
 from metaopt import _checks, base, hypergrad, inner
 from metaopt.few_shot import _adaptation_checks, _problem
 
-RATES = ("fixed", "one", "leaf", "entry")
 LATE = np.iinfo(np.int32).max  # an outer step after every schedule
 
 
@@ -146,10 +145,8 @@ def adaptation(
     >>> float(estimate.value), float(estimate.hypergrad["rate"]["b"])
     (0.5, -2.0)
     """
-    if rates not in RATES:
-        raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
     num_steps = operator.index(num_steps)  # a number in an array cannot be hashed
-    _adaptation_checks.check_unrolling(order, outer, remat, rule)
+    _adaptation_checks.check_options(rates, order, outer, remat, rule)
     full = lambda function: function if with_context else lambda *args: function(*args[:3])
     spec = _problem.Spec(
         loss=full(loss),

@@ -10,9 +10,13 @@ import numpy as np
 from metaopt import _checks
 from metaopt.few_shot import _leaves
 
+RATES = ("fixed", "one", "leaf", "entry")
 
-def check_unrolling(order: Any, outer: Any, remat: str, rule: Any) -> None:
-    """Raises ValueError for an unknown `order`, and for a rule with `num_steps` or with options of unrolling."""
+
+def check_options(rates: str, order: Any, outer: Any, remat: str, rule: Any) -> None:
+    """Raises ValueError for unknown `rates` or `order`, or a rule with `num_steps` or with options of unrolling."""
+    if rates not in RATES:
+        raise ValueError(f"`rates` must be one of {', '.join(map(repr, RATES))}; got {rates!r}.")
     is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
     if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')

@@ -208,23 +208,11 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
         for (name, values), offset in ((item, learned_weights.decays[item[0]]) for item in _DECAYS.items())
     }
 
-    def wide(x):
-        return jnp.result_type(x, jnp.float32)
-
     def init(params):
         def zeros(num):
-            return jax.tree.map(lambda p: jnp.zeros((num, *jnp.shape(p)), wide(p)), params)
+            return jax.tree.map(lambda p: jnp.zeros((num, *jnp.shape(p)), _wide(p)), params)
 
-        def factors(p):
-            shape, axes = jnp.shape(p), _axes(jnp.shape(p))
-            mean_axes = (axes or (-1, -1))[::-1]  # the row's factor is a mean over the column axis, and conversely
-            factor_shapes = [[1 if axes and i == axis else n for i, n in enumerate(shape)] for axis in mean_axes]
-            return {
-                name: jnp.zeros((3, *factor_shape), wide(p))
-                for name, factor_shape in zip(("row", "column"), factor_shapes, strict=True)
-            }
-
-        return LearnedState(jnp.zeros([], jnp.int32), zeros(3), zeros(1), jax.tree.map(factors, params))
+        return LearnedState(jnp.zeros([], jnp.int32), zeros(3), zeros(1), jax.tree.map(_initial_factors, params))
 
     def step(count, g, p, m, v, factored):
         shape, dtype = jnp.shape(p), m.dtype
@@ -253,6 +241,20 @@ def learned(weights: LearnedWeights | str = "small") -> optax.GradientTransforma
         return new, LearnedState(jnp.asarray(optax.safe_increment(state.count)), momenta, second, factored)
 
     return optax.GradientTransformation(init, update)
+
+
+def _wide(x: jax.Array) -> np.dtype:
+    """The dtype of the state of a parameter: at least float32."""
+    return jnp.result_type(x, jnp.float32)
+
+
+def _initial_factors(p: jax.Array) -> dict[str, jax.Array]:
+    """Zeros for the factors of the second moment: for each decay, a mean over the columns, and one over the rows."""
+    shape, axes = jnp.shape(p), _axes(jnp.shape(p))
+    mean_axes = (axes or (-1, -1))[::-1]  # the row's factor is a mean over the column axis, and conversely
+    factor_shapes = [[1 if axes and i == axis else n for i, n in enumerate(shape)] for axis in mean_axes]
+    zeros = [jnp.zeros((3, *factor_shape), _wide(p)) for factor_shape in factor_shapes]
+    return dict(zip(("row", "column"), zeros, strict=True))
 
 
 def _fault(weights: base.PyTree) -> str:
