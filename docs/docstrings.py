@@ -14,7 +14,7 @@ import textwrap
 import metaopt
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Examples):$")
-_ENTRY = re.compile(r"^(\*{0,2}[\w., *]+): ?(.*)$")
+_ENTRY = re.compile(r"^(\*{0,2}\w[\w., *]*): ?(.*)$")  # an indented line continues the entry above it
 _BOLD = r"(?<![\w*])\*\*[^\s*`](?:[^*`]*[^\s*`])?\*\*"
 _INLINE = re.compile(rf"{_BOLD}|`[^`]+`|https?://[^\s,;)]+")
 _TABLE = re.compile(r"\|.*\|\n\|(?: *-+ *\|)+$")  # the head of a table in Markdown, and the line below it

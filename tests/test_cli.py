@@ -383,7 +383,7 @@ def test_scores_have_a_metric_a_unit_and_the_models_that_are_missing(shop, capsy
     out = capsys.readouterr().out
     assert "score: minus rmse, in standard deviations of the target, out of fold; larger is better" in out
     assert f"; rmse {-model.score_ * shop[1]['y'].std(ddof=0):.4g} in units of the target" in out
-    assert "not fitted (network: no time left; " in out and "network" in model.not_fitted_
+    assert "not fitted (network: would take longer than the time left; " in out and "network" in model.not_fitted_
 
 
 def test_a_file_in_latin_1_is_named(tmp_path, capsys):

@@ -56,6 +56,7 @@ def converted(text, room="hypergrad"):
             "Adds.\n\nArgs:\n  x: one.\n    Two.\n  *rest: more.",
             "Adds.\n\n:param x:\n  one.\n  Two.\n:param \\*rest:\n  more.",
         ),
+        ("Args:\n  x: one, not\n    two: three.", ":param x:\n  one, not\n  two: three."),
         (
             "Returns:\n  A sum.\n\nRaises:\n  ValueError: if `x < 0`.",
             ":returns:\n  A sum.\n\n:raises ValueError:\n  if ``x < 0``.",

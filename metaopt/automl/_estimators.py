@@ -116,7 +116,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
 
     @property
     def not_fitted_(self) -> dict[str, str]:
-        """The models of the preset that were not fitted, with the reason, such as "no time left"."""
+        """The models of the preset that were not fitted, with the reason, such as "out of time"."""
         check_is_fitted(self, "ensemble_")
         return dict(self.ensemble_.failed)
 

@@ -109,7 +109,7 @@ def fit_members(
                 if member is not None:
                     finished(member, len(run.results) + len(run.failed))
     ordered = [run.results[member.name] for member in members if member.name in run.results]
-    late = {member.name: "no time left" for member in members if member.name not in run.results}
+    late = {member.name: "would take longer than the time left" for member in members if member.name not in run.results}
     return ordered, late | run.failed
 
 

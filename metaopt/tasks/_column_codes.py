@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt.tasks._columns import (
+    AMBIGUOUS,
     FLOAT32_MAX,
     date_in_microseconds,
     level_order,
@@ -309,7 +310,8 @@ def _fit_time(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...]) -> Fit
     parts = tuple(part for part, is_used in zip(PARTS, varies, strict=True) if is_used)
     names = ", ".join("days since 1970" if part == "days" else part for part in parts)
     changes = (*changes, f"has times; they become {names}")
-    return Fit(code._replace(parts=parts), values[:, varies], changes=changes, warns=_loses_values(changes))
+    warns = _loses_values(changes) or any(AMBIGUOUS in change for change in changes)
+    return Fit(code._replace(parts=parts), values[:, varies], changes=changes, warns=warns)
 
 
 def _times(code: ColumnCode, raw: RawColumn) -> np.ndarray:
@@ -404,7 +406,7 @@ def _reading_of(texts: np.ndarray) -> tuple[str, tuple[str, ...]]:
         read_other = READINGS["dmy" if best == "mdy" else "mdy"]
         pairs = [(READINGS[best](text), read_other(text)) for text in counts] if best in ("mdy", "dmy") else []
         is_ambiguous = all(other is not None for _, other in pairs) and any(own != other for own, other in pairs)
-        unsure = "; the order of day and month is ambiguous in all dates: write year-month-day if the reading is wrong"
+        unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong"
         return best, (_DESCRIPTIONS[best] + unsure * is_ambiguous,)
     words = [text for text in counts if best and READINGS[best](text) is None]
     if most < 0.9 * num_rows or len(counts) - len(words) < 20:

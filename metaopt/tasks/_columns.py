@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+AMBIGUOUS = "the order of day and month is ambiguous in all dates"
 _T = TypeVar("_T")
 
 # Exact spellings. "None" is not one of them, because classes and levels have that name; "Na" is sodium.
@@ -295,7 +296,7 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
     if len(days) > 1 and days["dmy"] != days["mdy"]:
-        note += ". The order of day and month is ambiguous in all dates: write year-month-day if the reading is wrong"
+        note += f". {AMBIGUOUS[0].upper()}{AMBIGUOUS[1:]}: write year-month-day if the reading is wrong"
     yield _Numbers(days[order], _DAY, (note,))
 
 

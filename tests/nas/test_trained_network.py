@@ -155,8 +155,10 @@ def test_inputs_in_other_units_warn(tmp_path):
     for network in (trained, metaopt.load(tmp_path / "network.npz", ops=nas.BLOCKS)):
         network.predict(7.9 * rows["x"][:8])  # warnings are errors in the tests
         for pixels in (255 * rows["x"][:8], (-255 * rows["x"][:8]).astype(int)):
-            with pytest.warns(UserWarning, match="`x` has an entry of size .*, and the training rows had none above"):
-                network.predict(pixels)
+            data = {"x": pixels, "y": np.zeros(len(pixels), int)}
+            for use, argument in ((network.outputs, pixels), (network.predict, pixels), (network.accuracy, data)):
+                with pytest.warns(UserWarning, match="an entry of size .*, and the training rows had none above"):
+                    use(argument)
 
 
 def rewritten(path, **changes):
@@ -180,7 +182,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
     head = "params['head']['w']"
     own = {**nas.BLOCKS, "norm_relu": nas.BLOCKS["skip_connect"]}
     for change, ops, message in [
-        (lambda: {}, {}, "linear"),
+        (lambda: {}, {}, "`ops` has no op 'linear'"),
         (lambda: {}, own, r"unexpected arrays: .*statistics\[1\]"),
         (lambda: {head: np.ones((3, 2))}, nas.BLOCKS, re.escape(f"{head} should be floating-point of shape (4, 2)")),
         (lambda: {head: np.ones((4, 2), int)}, nas.BLOCKS, "should be floating-point"),

@@ -211,13 +211,15 @@ def test_time_zones_become_utc():
         np.testing.assert_allclose(fitted({"t": column})[1][:2], expected, rtol=0, atol=1e-9)
 
 
-def test_dates_whose_order_is_unknown_are_noted():
+def test_dates_whose_order_is_unknown_are_noted(caplog):
     for days in (["1/2/2020", "3/4/2020"], ["1/1/1970", "3/4/2020"]):  # the second begins with second 0
         encoder, x = fitted({"t": days})
         np.testing.assert_array_equal(x[:, 1], [1, 3])
         assert "the order of day and month is ambiguous" in reasons(encoder, "t")[0][1]
+        assert "ambiguous" in caplog.text  # a warning
+        caplog.clear()
     encoder, _ = fitted({"t": ["1/1/2020", "2/2/2020"]})  # both readings agree
-    assert "ambiguous" not in reasons(encoder, "t")[0][1]
+    assert "ambiguous" not in reasons(encoder, "t")[0][1] and not caplog.text
     np.testing.assert_array_equal(fitted({"t": ["1.2.2020", "3.4.2020"]})[1][:, 1], [2, 4])
 
 

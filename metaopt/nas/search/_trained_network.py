@@ -38,7 +38,9 @@ class TrainedNetwork(NamedTuple):
       weights: mixing weights of a supernet, kind -> [edges, ops]; None for a discrete network.
       statistics: mean and variance of every normalization, over training rows.
       largest: max |x| of these training rows.
-      outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host.
+      outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host. `outputs`,
+        `predict` and `accuracy` warn if x has entries 8 times larger than those of the training rows, such as pixels
+        from 0 to 255 after a training with pixels from 0 to 1.
     """
 
     supernet: _supernet.Supernet
@@ -51,9 +53,6 @@ class TrainedNetwork(NamedTuple):
     def predict(self, x: Any) -> np.ndarray:
         """Predicts the class of each row: the index of the largest output.
 
-        Warns if x has entries 8 times larger than those of the training rows, such as pixels from 0 to 255 after a
-        training with pixels from 0 to 1.
-
         Args:
           x: [N, *in_shape]. For one image, pass `image[None]`.
 
@@ -63,13 +62,6 @@ class TrainedNetwork(NamedTuple):
         Raises:
           ValueError: if x has another shape, or an output is NaN.
         """
-        largest = float(np.abs(np.asarray(x, np.float32)).max(initial=0))
-        if largest > _OTHER_UNITS * self.largest:
-            warnings.warn(
-                f"`x` has an entry of size {largest:g}, and the training rows had none above {self.largest:g}. Scale "
-                "`x` like the training rows; otherwise the predictions are wrong.",
-                stacklevel=2,
-            )
         outputs = self.outputs(x)
         wrong = np.isnan(outputs).any(-1)
         if wrong.any():
@@ -208,7 +200,10 @@ def _templates(
     """Returns the supernet and the shapes and types of its params, weights and statistics."""
     options = {name: header[name] for name in ("single_path", "partial")}
     network, in_shape = _specs.network_from_dict(header["network"]), tuple(header["in_shape"])
-    supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
+    try:
+        supernet = _supernet.supernet(network, in_shape, ops=ops, **options)
+    except KeyError as error:
+        raise ValueError(f"`ops` has no op {error}; pass the ops with which the network was made") from error
     params = jax.eval_shape(supernet.init, jax.random.key(0))
     weights = None
     if any(name.startswith("weights") for name in specs):
@@ -225,6 +220,13 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
 
     def outputs(x):
         x, parts = np.asarray(x), []
+        size_of_x = float(np.abs(np.asarray(x, np.float32)).max(initial=0))
+        if size_of_x > _OTHER_UNITS * largest:
+            warnings.warn(
+                f"`x` has an entry of size {size_of_x:g}, and the training rows had none above {largest:g}. Scale `x` "
+                "like the training rows; otherwise the predictions are wrong.",
+                stacklevel=2,
+            )
         for start in range(0, max(len(x), 1), _BATCH):
             part = x[start : start + _BATCH]
             # Rounds up to a power of two, because every new size is compiled.
