@@ -191,7 +191,7 @@ def test_enqueueing_during_a_collection_does_not_change_earlier_trials(tmp_path,
     records = collect(num_trials=15, store=store, searcher=more, **kwargs)
     assert without_cost(records[:12]) == without_cost(whole[:12]) and records[12].configuration["x"] == -0.1
     # `after` must not be below the number of trials that have run.
-    with pytest.raises(ValueError, match=r"pass `enqueue\(after=number of trials so far\)`"):
+    with pytest.raises(ValueError, match="pass the number of trials so far as `after` to `enqueue`"):
         collect(num_trials=15, store=store, searcher=blackbox.enqueue(searcher, MINE, after=5), **kwargs)
     # If the searcher ends before `after`, they come next.
     ends = blackbox.enqueue(listener(stop=2), [{"x": 0.25}], after=9)
