@@ -43,6 +43,17 @@ def row_mask(batch: Mapping[str, jax.Array]) -> jax.Array | None:
     return None
 
 
+def one_hot(batch: Mapping[str, Any], dtype: Any) -> jax.Array:
+    """Returns the classes as vectors, [N, C], with zeros in padded rows.
+
+    Args:
+      batch: {"y" [N], "mask" [N], "class_mask" [C]}.
+      dtype: of the result.
+    """
+    y = jnp.asarray(batch["y"], jnp.int32)  # in 8 bits, class 256 would be the same as class 0
+    return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
+
+
 def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
     """Raises ValueError if labels of real rows are not classes. For traced labels it checks only type and shape.
 

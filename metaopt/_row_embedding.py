@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, base
+from metaopt import _batches, _checks, base
 
 
 def init_embedding(key: jax.Array, width: int = 16) -> dict[str, Any]:
@@ -71,8 +71,7 @@ def embed_rows(params: dict[str, Any], data: base.Data, *, max_rows: int = 256) 
         x, y, mask = x[first], y[first], mask[first]
     entry, pair = params["entry"], params["pair"]
     entries = jax.nn.relu(x[..., None] * entry["w"][None, None] + entry["b"][None, None])  # [N, D, W]
-    # In a dtype with 8 bits, class 256 would equal class 0.
-    member = jax.nn.one_hot(y.astype(jnp.int32), len(data["class_mask"]), dtype=x.dtype) * mask[:, None]  # [N, C]
+    member = _batches.one_hot({"y": y, "mask": mask, "class_mask": data["class_mask"]}, x.dtype)  # [N, C]
     count, total = member.sum(0), mask.sum()
     by_class = jnp.einsum("nc,ndw->cdw", member, entries) / jnp.maximum(count, 1)[:, None, None]
     overall = jnp.einsum("n,ndw->dw", mask, entries) / total

@@ -86,20 +86,6 @@ def test_python_m_metaopt_is_the_command(arguments, code, monkeypatch, capsys):
     assert ("usage: metaopt" if code != 1 else "missing.npz") in text.out + text.err
 
 
-@pytest.mark.parametrize("num", [10, 100_000])
-def test_a_reader_that_ends_early_is_no_error(num):
-    """As in `metaopt predict ... | head`."""
-    rows = f"print('row' * {num}) or 0"
-    print_rows = f"type('', (), {{'parse_args': lambda *_: type('', (), {{'run': lambda _: {rows}}})}})"
-    script = f"from metaopt import _cli; _cli._parser = lambda: {print_rows}(); raise SystemExit(_cli.main([]))"
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = subprocess.Popen([sys.executable, "-c", script], env=buffered, **pipes)
-    command.stdout.close()
-    assert command.stderr.read() == b"" and command.wait() == 0
-    command.stderr.close()
-
-
 def test_the_doctor_finds_a_package_under_its_other_name(monkeypatch):
     versions = {"jax": "0.10", "xgboost-cpu": "3.2"}
 
@@ -149,6 +135,20 @@ def shop(tmp_path_factory):
     train = [folder / "train.csv", "--target", "y", "--order", "day", "--out", folder / "model.npz"]
     assert _run("fit", *train, "--time", 0.001) == 0
     return folder, frame
+
+
+@pytest.mark.parametrize("num", [5, 5_000])  # less and more than a buffer of the output
+def test_a_reader_that_ends_early_is_no_error(shop, num):
+    """As in `metaopt predict ... | head`."""
+    folder, frame = shop
+    frame.iloc[np.arange(num) % len(frame)].to_csv(folder / "many.csv", index=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    predict = [sys.executable, "-m", "metaopt", "predict", folder / "model.npz", folder / "many.csv"]
+    command = subprocess.Popen(predict, env=buffered, **pipes)
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 0
+    command.stderr.close()
 
 
 def test_new_files_may_have_other_columns_and_another_order(shop, capsys):

@@ -51,6 +51,9 @@ def test_every_page_begins_with_its_question_answer_picture_and_a_small_table():
         text = page.read_text()
         head = pages.head(text)
         assert "**Question.** " in head and "**Answer.** " in head and f"(results/{page.name})" in index, page
+        (answer,) = re.findall(r"\*\*Answer\.\*\* (.+?)\n\n", head, re.DOTALL)
+        # The end of a sentence precedes a space or the end of the paragraph; the point of a decimal (.374) does not.
+        assert 1 <= len(re.findall(r"[.?!][)\]\"`*”]*(?=\s|$)", answer)) <= 2, (page, answer)
         (picture,) = re.findall(r"!\[.+\]\((.+)\)", head)
         assert (page.parent / picture).is_file(), page
         table, result = pages.small_table(text), text.removeprefix(head)
@@ -59,6 +62,14 @@ def test_every_page_begins_with_its_question_answer_picture_and_a_small_table():
             assert number in result, (page, number)
         # Wider tables are in CSV files.
         assert max(line.count(" | ") for line in result.splitlines() if line.startswith("|")) <= 12, page
+
+
+def test_each_answer_of_the_index_is_one_sentence():
+    rows = re.findall(r"^\| .*\(results/.*\.md\).*", (ROOT / "experiments" / "README.md").read_text(), re.M)
+    assert len(rows) > 30
+    for row in rows:
+        answer = row.split(" | ")[1]
+        assert answer[-1] in ".?!" and not re.search(r"[.?!][)\]\"'`*]*\s+\S", answer), answer
 
 
 def test_a_new_result_keeps_the_head_of_its_page(tmp_path):

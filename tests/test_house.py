@@ -232,12 +232,15 @@ def python_blocks(page):
 
 # The pages of one process share imports and compiled programs, and no names.
 RUN_PAGES = """
-import itertools, json, os, sys
-from metaopt.hypergrad import _recommend
-every = _recommend.candidates
+import json, os, sys
+from metaopt import hypergrad
+recommend = hypergrad.recommend
+def with_one_rule(problem, *args, num_steps, **kwargs):
+    # All rules would compile for a minute (`test_recommend` has them).
+    rules = {"unrolled": hypergrad.unrolled(problem, num_steps=num_steps)}
+    return recommend(problem, *args, **{"num_steps": num_steps, "rules": rules} | kwargs)
+hypergrad.recommend = with_one_rule
 for name, code in json.load(sys.stdin).items():
-    # Every rule on one problem would compile for a minute: the first one here (`test_recommend` has all).
-    _recommend.candidates = lambda *args: dict(itertools.islice(every(*args).items(), 1))
     print("\\f" + name, flush=True)
     os.mkdir(name)
     os.chdir(name)

@@ -264,7 +264,7 @@ def test_no_later_rating_of_a_test_user_changes_a_prediction():
     # The first ratings of these users change their predictions.
     first = data.ratings._replace(rating=np.where(rows & (rank < 5), 10 - data.ratings.rating, data.ratings.rating))
     moved = simple_matrices(
-        data.ratings.without(data.users[split.test]), ratings.make_data(first, (5,)).first[5].of(chosen)
+        data.ratings.without(data.users[split.test]), ratings.make_data(first, (5,)).first[5].select(chosen)
     )
     assert np.abs(moved[PLAIN] - ordinary.test[5][PLAIN][:2]).min() > 1e-3
 
@@ -381,7 +381,7 @@ def test_the_figures_of_shrunken_offsets_that_come_with_the_data():
     for number in range(ratings.NUM_FOLDS):
         test = ratings.make_split(1154, number).test
         for k, first in data.first.items():
-            new = first.of(test)
+            new = first.select(test)
             for name, matrix in simple_matrices(table.without(data.users[test]), new).items():
                 later = scores.later_errors(matrix, new, 0.0, 10.0)
                 errors.setdefault((k, name), []).append(scores.user_rmse(later, new.mask))

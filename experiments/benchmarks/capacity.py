@@ -134,17 +134,17 @@ def answers(grid: Grid) -> tuple[list[list[str]], list[list[str]], list[list[str
         programs = []
         for steps in grid.num_steps:
             of_width = lambda width: fit(width, steps)  # noqa: B023
-            found = [largest(of_width, grid.all_widths, budget) for budget in grid.budgets]
-            named = [f"{millions(grid.model, w):.1f} M, width {w}" if w else "none" for w in found]
+            widths = [largest(of_width, grid.all_widths, budget) for budget in grid.budgets]
+            named = [f"{millions(grid.model, w):.1f} M, width {w}" if w else "none" for w in widths]
             by_steps.append([str(steps), f'`"{remat}"`', *named])
-            programs.append((found[-1], steps))
+            programs.append((widths[-1], steps))
         for width in grid.widths:
             of_steps = lambda steps: fit(width, steps)  # noqa: B023
-            found = [largest(of_steps, grid.all_steps, budget) for budget in grid.budgets]
+            horizons = [largest(of_steps, grid.all_steps, budget) for budget in grid.budgets]
             by_width.append(
-                [f"{millions(grid.model, width):.1f} M", f'`"{remat}"`', *(f"{t:,}" if t else "none" for t in found)]
+                [f"{millions(grid.model, width):.1f} M", f'`"{remat}"`', *(f"{t:,}" if t else "none" for t in horizons)]
             )
-            programs.append((width, found[0]))
+            programs.append((width, horizons[0]))
         # The largest model at the first T, and the longest run of the largest model.
         for width, steps in (programs[0], programs[-1]):
             if width and steps:

@@ -79,27 +79,27 @@ def calibrated(case: cases.Case, hyperparams: base.HyperParams, task: base.Task,
 def sinks(folder: Path, every: int) -> Iterator[dict[str, Callable]]:
     """Returns the callbacks of all sinks that are installed, by name. Tools get every n-th step."""
     with contextlib.ExitStack() as stack:
-        found = {"a JSONL file": training.log_to(folder / "run.jsonl")}
+        loggers = {"a JSONL file": training.log_to(folder / "run.jsonl")}
         if importlib.util.find_spec("tensorboardX"):
             import tensorboardX  # pyright: ignore[reportMissingImports]
 
             writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
             stack.callback(writer.close)
-            found["TensorBoard"] = training.log_to(writer, every=every)
+            loggers["TensorBoard"] = training.log_to(writer, every=every)
         if importlib.util.find_spec("mlflow"):
             import mlflow  # pyright: ignore[reportMissingImports]
 
             mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
             mlflow.config.enable_async_logging()
             stack.enter_context(mlflow.start_run())
-            found["MLflow (asynchronous)"] = training.log_to(mlflow, every=every)
+            loggers["MLflow (asynchronous)"] = training.log_to(mlflow, every=every)
         if importlib.util.find_spec("wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
 
             run = wandb.init(mode="offline", dir=str(folder))
             stack.callback(run.finish)
-            found["Weights & Biases (offline)"] = training.log_to(run, every=every)
-        yield found
+            loggers["Weights & Biases (offline)"] = training.log_to(run, every=every)
+        yield loggers
 
 
 def costs(callbacks: dict[str, Callable], first_step: int, metrics: Any) -> dict[str, np.ndarray]:
@@ -143,19 +143,19 @@ def measured(
         if pair >= 0:
             seconds[pair, 1] = start[0] - begin
 
-    with tempfile.TemporaryDirectory() as folder, sinks(Path(folder), every) as found:
+    with tempfile.TemporaryDirectory() as folder, sinks(Path(folder), every) as loggers:
         training.fit(
             learner,
             lambda key: task,
             hyperparams=hyperparams,
             num_steps=(pairs + 1) * block,
             key=jax.random.key(0),
-            callback=[*found.values(), take_turns],
+            callback=[*loggers.values(), take_turns],
             checkpoint_dir=os.path.join(folder, "checkpoints"),
             checkpoint_every=block,
             keep_nonfinite=1,
         )
-        per_sink = costs(found, (pairs + 1) * block + 1, last[0])
+        per_sink = costs(loggers, (pairs + 1) * block + 1, last[0])
     return seconds, per_sink, len(last[0]) + 1
 
 

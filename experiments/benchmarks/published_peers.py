@@ -31,7 +31,7 @@ class Example:
             leaf.grad = None
         return self.hyperparams
 
-    def found(self) -> list[torch.Tensor]:
+    def hypergradients(self) -> list[torch.Tensor]:
         return [leaf.grad.clone() for leaf in self.hyperparams]
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     hypergradients = {}
     for rule, call in calls.items():
         call()
-        for leaf, value in zip(example.names, example.found(), strict=True):
+        for leaf, value in zip(example.names, example.hypergradients(), strict=True):
             if name == "imaml" and value.ndim == 4:
                 value = value.permute(2, 3, 1, 0)
             hypergradients[f"{rule}/{leaf}"] = value.numpy()

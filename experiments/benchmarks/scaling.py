@@ -66,14 +66,14 @@ def collectives(text: str) -> list[Collective]:
     """Returns the collective operations of a compiled program, which must not be in loops."""
     if re.search(rf" (?:{KINDS})\(", text.partition("\nENTRY ")[0]) or re.search(rf" (?:{KINDS})-start\(", text):
         raise RuntimeError("a collective operation is in a loop or asynchronous, and would not be counted right")
-    found = []
+    collectives = []
     for types, kind, rest in re.findall(rf" = (.+?) ({KINDS})\((.*)", text):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
         size = sum(BYTES[dtype] * math.prod(int(n) for n in shape.split(",") if n) for dtype, shape in arrays)
         ids = _group(rest)
         size *= len(ids) if kind == "reduce-scatter" else 1
-        found.append(Collective(kind, size, len(ids), int(ids[1] - ids[0]) if len(ids) > 1 else 1))
-    return found
+        collectives.append(Collective(kind, size, len(ids), int(ids[1] - ids[0]) if len(ids) > 1 else 1))
+    return collectives
 
 
 def _group(text: str) -> np.ndarray:

@@ -34,7 +34,8 @@ def run(data: Data, settings: Settings, designs: str) -> None:
     learnings = [learned.make_learning(data, split, ordinary, k) for k in settings.first]
     for name in ordinary.part[settings.first[0]]:
         errors = [
-            mean_error(ordinary.part[k][name], data.first[k].of(split.parts[0]), data.ratings) for k in settings.first
+            mean_error(ordinary.part[k][name], data.first[k].select(split.parts[0]), data.ratings)
+            for k in settings.first
         ]
         print(f"part 0: {name}: " + ", ".join(f"{e:.4f}" for e in errors), flush=True)
     print("header: " + ", ".join(f"k = {k}: part 0, mean over parts ± deviation" for k in settings.first))
@@ -66,7 +67,7 @@ def _show(name: str, predict: Callable, learnings: list[Learning], num_seeds: in
     for learning in learnings:
         errors = []
         for seed in range(num_seeds):
-            new = learning.data.first[learning.k].of(learning.held(seed))
+            new = learning.data.first[learning.k].select(learning.held(seed))
             errors.append(mean_error(predict(learning, seed), new, learning.data.ratings))
         cells.append(f"{errors[0]:.4f}, {np.mean(errors):.4f} ± {np.std(errors):.4f}")
     print(f"{name}: {'; '.join(cells)}; {time.process_time() - start:.0f} s", flush=True)

@@ -67,7 +67,7 @@ def ranking(data: Data, split: Split, ordinary: Ordinary, k: int, learned: dict)
     The weight of popularity is chosen on part 0, a part of the training users.
     """
     whole, part = ordinary.stages[-1].train, ordinary.stages[0].train
-    test, held = (data.first[k].of(positions) for positions in (split.test, split.parts[0]))
+    test, held = (data.first[k].select(positions) for positions in (split.test, split.parts[0]))
     popular, popular_part = recent_popularity(whole, test), recent_popularity(part, held)
     pairs = {name: (matrix, ordinary.part[k][name]) for name, matrix in ordinary.test[k].items()} | learned
     values = {f"{k}|ndcg|{POPULAR}": ndcg(popular.astype(float), test)}
@@ -103,7 +103,7 @@ def interval_scores(learning: Learning, matrices: dict, seed: int) -> dict[str, 
     """
     ratings, k = learning.data.ratings, learning.k
     groups = learning.held(seed), learning.split.test
-    held, test = (learning.data.first[k].of(positions) for positions in groups)
+    held, test = (learning.data.first[k].select(positions) for positions in groups)
     first = [learning.first_errors(positions) for positions in groups]
     prior = float(user_rmse(learning.offset_errors(groups[0]), held.mask).mean())
     values = {}
@@ -126,7 +126,7 @@ def interval_scores(learning: Learning, matrices: dict, seed: int) -> dict[str, 
 def run_learned(learning: Learning, ordinary: Ordinary, settings: Settings) -> dict[str, np.ndarray]:
     """Trains the learned methods for one k with all seeds, and returns the scores of all methods."""
     data, split, k = learning.data, learning.split, learning.k
-    test, ratings = data.first[k].of(split.test), data.ratings
+    test, ratings = data.first[k].select(split.test), data.ratings
     error = lambda matrix: user_rmse(later_errors(matrix, test, ratings.low, ratings.high), test.mask)
     rmse: dict[str, list] = {name: [error(matrix)] for name, matrix in ordinary.test[k].items()}
     values: dict[str, list] = {}

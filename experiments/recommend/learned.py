@@ -30,30 +30,30 @@ class Learning(NamedTuple):
 
     def first(self, positions: np.ndarray) -> tuple[NewUsers, np.ndarray, np.ndarray]:
         """Returns users with all later ratings, their stages and features."""
-        new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
+        new, stage = self.data.first[self.k].select(positions), self.split.stage[positions]
         return new, stage, self.features(new, stage)
 
     def offset(self, new: NewUsers, stage: np.ndarray) -> np.ndarray:
         """Returns [U], the users' tuned offsets from their k ratings, by their stages."""
         values = np.empty(len(stage), np.float32)
         for number in np.unique(stage):
-            values[stage == number] = self.fitted[number].user_offset(self.k, new.of(stage == number))
+            values[stage == number] = self.fitted[number].user_offset(self.k, new.select(stage == number))
         return values
 
     def first_errors(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, k], residuals of the first ratings from the tuned offsets."""
-        new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
+        new, stage = self.data.first[self.k].select(positions), self.split.stage[positions]
         return new.rating - self.tables.base[stage[:, None], new.item] - self.offset(new, stage)[:, None]
 
     def offset_errors(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, Q], residuals of the later ratings from the tuned offsets."""
-        new, stage, ratings = self.data.first[self.k].of(positions), self.split.stage[positions], self.data.ratings
+        new, stage, ratings = self.data.first[self.k].select(positions), self.split.stage[positions], self.data.ratings
         prediction = self.tables.base[stage[:, None], new.later_item] + self.offset(new, stage)[:, None]
         return new.later_rating - np.clip(prediction, ratings.low, ratings.high)
 
     def offset_matrix(self, positions: np.ndarray) -> np.ndarray:
         """Returns [U, I], predictions of the tuned offsets."""
-        new, stage = self.data.first[self.k].of(positions), self.split.stage[positions]
+        new, stage = self.data.first[self.k].select(positions), self.split.stage[positions]
         return self.tables.base[stage] + self.offset(new, stage)[:, None]
 
     def held(self, seed: int) -> np.ndarray:
@@ -65,7 +65,7 @@ class Learning(NamedTuple):
         rng = stages.rng_of(key)
         pool = np.delete(self.split.parts, seed % NUM_PARTS, axis=0).ravel()
         chosen = rng.choice(pool, min(num_users, len(pool)), replace=False)
-        drawn = self.data.window[self.k](key, chosen) if order == "window" else self.data.first[self.k].of(chosen)
+        drawn = self.data.window[self.k](key, chosen) if order == "window" else self.data.first[self.k].select(chosen)
         return drawn.later_rows(rng, num_later), self.split.stage[chosen]
 
 
@@ -73,7 +73,7 @@ def make_learning(data: Data, split: Split, ordinary: Ordinary, k: int) -> Learn
     fitted, first = ordinary.stages, data.first[k]
     tables = stages.make_tables(data.ratings, [s.offsets[ordinary.base] for s in fitted], [s.factors for s in fitted])
     trained = split.parts.ravel()
-    features, names = stages.describe(first.of(trained), split.stage[trained], tables, data.ratings)
+    features, names = stages.describe(first.select(trained), split.stage[trained], tables, data.ratings)
     return Learning(data, split, k, tables, fitted, stages.fit_scaling(features), names)
 
 

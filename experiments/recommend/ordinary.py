@@ -115,7 +115,7 @@ def _narrow(matrices: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def fit_ordinary(data: Data, split: Split, grids: tuning.Grids, gibbs_sweeps: int) -> Ordinary:
     """Tunes and fits the baselines."""
     ratings, users = data.ratings, data.users
-    new_of = lambda positions: {k: new.of(positions) for k, new in data.first.items()}
+    new_of = lambda positions: {k: new.select(positions) for k, new in data.first.items()}
     whole = ratings.without(users[split.test])
     parts = [tuning.Part(whole.without(users[part]), new_of(part)) for part in split.parts]
     choices = {name: tuning.choose_offsets(parts, grids, name == CONTENT) for name in (TUNED, CONTENT)}

@@ -184,7 +184,7 @@ class NewUsers(NamedTuple):
     later_rating: np.ndarray
     mask: np.ndarray
 
-    def of(self, positions: np.ndarray) -> "NewUsers":
+    def select(self, positions: np.ndarray) -> "NewUsers":
         """Returns the users at some positions."""
         return NewUsers(*(leaf[positions] for leaf in self))
 

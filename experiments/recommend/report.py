@@ -51,7 +51,7 @@ def paired(errors: Mapping[str, np.ndarray], reference: str) -> dict[str, tuple[
     ones = {"users": np.ones(len(errors[reference]))}
     columns = {name: {"users": value[:, None]} for name, value in errors.items()}
     table = evaluation.Evaluation(columns, ones, ones, dict.fromkeys(errors, False), higher_is_better=False)
-    return {name: of["users"] for name, of in evaluation.paired_differences(table, reference).items()}
+    return {name: difference["users"] for name, difference in evaluation.paired_differences(table, reference).items()}
 
 
 def best_ordinary(errors: Mapping[str, np.ndarray]) -> str:

@@ -84,10 +84,10 @@ def plot(results: dict[str, dict], path: Path) -> None:
     for ax, label in zip(axes, STARTS, strict=True):
         for color, kind in enumerate(TUNED):
             values = [family[f"{label}, {kind}"]["score"] for family in results.values()]
-            found = [scores.interval(value[None]) for value in values]
-            place = np.arange(len(found)) + 0.25 * (color - 1)
-            middle = np.array([m for m, _, _ in found])
-            errors = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
+            intervals = [scores.interval(value[None]) for value in values]
+            place = np.arange(len(intervals)) + 0.25 * (color - 1)
+            middle = np.array([m for m, _, _ in intervals])
+            errors = [[m - low for m, low, _ in intervals], [high - m for m, _, high in intervals]]
             ax.bar(place, middle, 0.25, yerr=np.maximum(errors, 0), color=f"C{color}", label=kind)
         ax.set_xticks(range(len(results)), list(results))
         ax.set_title(label, fontsize=10)

@@ -327,15 +327,15 @@ def courses(seed: int, settings: Settings) -> dict[str, np.ndarray]:
     """Returns method -> (score on new physics, share of outer steps that were skipped, λ)."""
     problem = actor_critic.make_problem(FAMILIES["CartPole"], settings.course_sizes)
     one = lambda hp: jax.tree.map(lambda x: x[0], searches.coordinates([hp]))
-    found = {
+    tuned = {
         "bad values": (one(START), 0.0),
         "reference, rate 0.01": (one({**REFERENCE, "rate": 0.01}), 0.0),
         "random search": (random_search(seed, settings), 0.0),
     }
     for name, (estimator, runs) in estimators(problem, settings).items():
-        found[name] = tune(estimator, runs, OUTER_RATES[name.split(",")[0]], seed, settings)
+        tuned[name] = tune(estimator, runs, OUTER_RATES[name.split(",")[0]], seed, settings)
     key, results = jax.random.key(20_000 + seed), {}
-    for name, (z, skipped) in found.items():
+    for name, (z, skipped) in tuned.items():
         score = judged_course(z, key, settings.new_tasks, settings)
         hp = spaces.to_constrained(SPACE, z)
         results[name] = np.array([score, float(skipped), *(float(hp[key]) for key in SPACE)])
@@ -349,9 +349,9 @@ def growths(settings: Settings) -> dict[str, float]:
     result = {}
     for name, hp in {"bad values": START, "reference, rate 0.01": {**REFERENCE, "rate": 0.01}}.items():
         z = jax.tree.map(lambda x: x[0], searches.coordinates([hp]))
-        found = hypergrad.diagnose(problem, z, task, num_steps=settings.course)
-        result[name] = found.growth
-        print(name, found, flush=True)
+        diagnosis = hypergrad.diagnose(problem, z, task, num_steps=settings.course)
+        result[name] = diagnosis.growth
+        print(name, diagnosis, flush=True)
     return result
 
 

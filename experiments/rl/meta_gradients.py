@@ -228,8 +228,8 @@ def hyperparameter_table(results: dict[str, dict]) -> str:
     for name, family in results.items():
         paths = {key: family["meta-gradients"][f"path {key}"] for key in SPACE}
         for label, place in (("half", 0.5), ("end", 1.0)):
-            at = round(place * paths["rate"].shape[1]) - 1
-            rows.append([f"{name}, {label}", *(f"{np.median(path[:, at]):.2g}" for path in paths.values())])
+            step = round(place * paths["rate"].shape[1]) - 1
+            rows.append([f"{name}, {label}", *(f"{np.median(path[:, step]):.2g}" for path in paths.values())])
         best = {**REFERENCE, **{key: float(family["best of the grid"][key]) for key in ("rate", "horizon")}}
         rows.append([f"{name}, best of the grid", *(f"{best[key]:.2g}" for key in SPACE)])
     return script.table(["", *SPACE], rows)

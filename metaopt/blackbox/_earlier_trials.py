@@ -60,8 +60,8 @@ def _gaps(space: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]])
     default, counts = spaces.configuration(space, spaces.default(space)), []
     for name, leaf in space.items():
         nones = sum(stands_for_nothing(leaf, c, name) for c in configurations)
-        given = sum(name in c and c[name] == c[name] for c in configurations)  # NaN is a gap of a data frame
-        lacking = nones + len(configurations) - given
+        num_known = sum(name in c and c[name] == c[name] for c in configurations)  # NaN is a gap of a data frame
+        lacking = nones + len(configurations) - num_known
         if lacking and not leaf.condition:
             verb = "lacks" if lacking == 1 else "lack"
             none = f"{nones} {'has' if nones == 1 else 'have'} None; " * bool(nones)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metaopt import inner
+from metaopt import _batches, inner
 from metaopt.few_shot._adaptation import Adaptation, adaptation
 
 
@@ -48,7 +48,7 @@ def proto_maml(features: Callable, *, num_steps: int = 5, rate: float = 0.01, **
 
 def _prototypes(x: jax.Array, hyperparams: Mapping[str, Any], data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The head of `proto_maml` from features [N, D] of the support set."""
-    weights = _one_hot(data, x.dtype)
+    weights = _batches.one_hot(data, x.dtype)
     total = weights.sum(0)
     means = (weights.T @ x) / jnp.where(total > 0, total, 1)[:, None]  # a class without rows has the prototype 0
     return {"w": 2 * means.T, "b": -(means**2).sum(-1)}
@@ -109,7 +109,7 @@ def _ridge_regression(
             f"pass `y[:, None]`); got {data['y'].dtype} of shape {data['y'].shape}."
         )
     mask = data["mask"][:, None]
-    y = _one_hot(data, x.dtype) if classes else data["y"] * mask
+    y = _batches.one_hot(data, x.dtype) if classes else data["y"] * mask
     x = jnp.concatenate([x, jnp.ones_like(x[:, :1])], axis=1)
     ridge = jnp.exp(hyperparams["log_ridge"])
     regular = lambda matrix: matrix + ridge * jnp.eye(len(matrix), dtype=matrix.dtype)
@@ -118,12 +118,6 @@ def _ridge_regression(
     else:
         w = jax.scipy.linalg.solve(regular(x.T @ (mask * x)), x.T @ y, assume_a="pos")
     return {"w": hyperparams["scale"] * w[:-1], "b": hyperparams["scale"] * w[-1] + hyperparams["shift"]}
-
-
-def _one_hot(batch: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """Returns [N, W], with zeros in padded rows."""
-    y = jnp.asarray(batch["y"], jnp.int32)  # in 8 bits, class 256 would be the same as class 0
-    return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
 
 
 def _with_head(features: Callable, make: Callable, loss: Callable, **options: Any) -> Adaptation:

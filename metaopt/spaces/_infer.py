@@ -52,9 +52,11 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     >>> space["gamma"] == spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"])
     True
     """
-    given = [{name: _plain(name, value) for name, value in c.items() if not _is_gap(value)} for c in configurations]
+    without_gaps = [
+        {name: _plain(name, value) for name, value in c.items() if not _is_gap(value)} for c in configurations
+    ]
     values: dict[str, list[Any]] = {}
-    for configuration in given:
+    for configuration in without_gaps:
         for name, value in configuration.items():
             values.setdefault(name, []).append(value)
     # A data frame turns integers into floats if their column has None. So 2 and 2.0 count as one label. It is an
@@ -68,7 +70,7 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
     without_none_label = {name for name, column in values.items() if _is_numeric(column) and name not in labels}
     tried = [
         {n: labels[n][v] if n in labels else v for n, v in c.items() if v is not None or n not in without_none_label}
-        for c in given
+        for c in without_gaps
     ]
     space = {name: _leaf(name, [c[name] for c in tried if name in c]) for name in values}
     if not space:

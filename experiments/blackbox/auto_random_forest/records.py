@@ -160,7 +160,7 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
     names = [curve.tasks[t] for t in rows]
     described = [tasks.metafeatures(here[name]) for name in names]
 
-    def of(part):
+    def outcomes_of(part):
         table = outcome_tables[part]
         columns = [table.configurations.index(c) for c in curve.configurations[:num]]
         return table.outcomes[[table.tasks.index(name) for name in names]][:, columns]
@@ -172,10 +172,10 @@ def pack(file: Path, splits: list[Split], config: Config, store: Path) -> None:
         families=np.array([here[name].family for name in names]),
         features=np.array([[d[name] for name in FEATURES] for d in described], np.float32),
         configurations=np.array([json.dumps(c) for c in curve.configurations[:num]]),
-        outcomes=of("curve").astype(np.float32),
+        outcomes=outcomes_of("curve").astype(np.float32),
         seconds=curve.costs[rows][:, :num, -1].astype(np.float32),
-        test_loss=of("test loss")[..., 0].astype(np.float32),
-        test_error=of("test error")[..., 0].astype(np.float32),
+        test_loss=outcomes_of("test loss")[..., 0].astype(np.float32),
+        test_error=outcomes_of("test error")[..., 0].astype(np.float32),
     )
 
 

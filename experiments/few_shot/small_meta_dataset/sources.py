@@ -53,7 +53,7 @@ def of_all_trainings(make: Callable, left_out: Sequence[str]) -> Partial:
 def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) -> dict[str, tasks.Split]:
     """Returns, for each left-out source, the classes and rows of the sources for training ("train") and test."""
 
-    def of(name, fresh=False):
+    def rows_of(name, fresh=False):
         kept = drawn_rows(whole[name], rows, fresh=fresh)
         return {} if kept is None else {"rows": kept.tolist()}
 
@@ -61,8 +61,8 @@ def splits(whole: dict[str, tasks.Source], omniglot: dict[str, Any], rows: int) 
     return {
         left_out: tasks.merge_splits(
             omniglot,
-            {"train": {name: of(name) for name in names if name != left_out}},
-            {"test": {left_out: of(left_out, fresh=True)}},
+            {"train": {name: rows_of(name) for name in names if name != left_out}},
+            {"test": {left_out: rows_of(left_out, fresh=True)}},
         )
         for left_out in names
     }

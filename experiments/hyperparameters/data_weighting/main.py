@@ -24,11 +24,11 @@ def half(score: np.ndarray) -> np.ndarray:
 def find_scores(texts: Texts, key: jax.Array, settings: Settings, names) -> dict[str, Scores]:
     """Returns the scores by method. With uniform weights and for the oracle, the masks are known."""
     uniform = methods.plain_training(settings, settings.num_steps)(key, {}, methods.all_windows(texts))
-    found = {}
+    scores_of_methods = {}
     for i, name in enumerate(names):
-        found[name] = methods.METHODS[name](texts, jax.random.fold_in(key, i), settings, uniform)
+        scores_of_methods[name] = methods.METHODS[name](texts, jax.random.fold_in(key, i), settings, uniform)
     random = np.asarray(jax.random.uniform(jax.random.fold_in(key, len(names)), (2, settings.num_windows)))
-    return {"random half": Scores(*random, 0.0), **found}
+    return {"random half": Scores(*random, 0.0), **scores_of_methods}
 
 
 def test_loss(params, texts: Texts) -> float:
@@ -59,17 +59,17 @@ def run_seed(seed: int, settings: Settings, names=tuple(methods.METHODS)) -> dic
     """Returns by method: its test losses, detection and cost."""
     texts = load(seed, settings)
     key, judge_key = jax.random.split(jax.random.key(seed))
-    found = find_scores(texts, key, settings, names)
+    scores_of_methods = find_scores(texts, key, settings, names)
     fixed = lambda pool: {"uniform weights": np.ones(len(pool.kind)), "clean windows": (pool.kind == 0).astype(float)}
-    masks = fixed(texts.pool) | {name: half(scores.pool) for name, scores in found.items()}
+    masks = fixed(texts.pool) | {name: half(scores.pool) for name, scores in scores_of_methods.items()}
     masks["validation text only"] = np.zeros(settings.num_windows)
-    unseen = fixed(texts.unseen) | {n: half(s.unseen) for n, s in found.items() if s.unseen is not None}
+    unseen = fixed(texts.unseen) | {n: half(s.unseen) for n, s in scores_of_methods.items() if s.unseen is not None}
     losses = judge(masks, texts.pool, texts, judge_key, settings)
     unseen_losses = judge(unseen, texts.unseen, texts, judge_key, settings)
     plain = methods.plain_flops(texts, key, settings)
     results = {}
     for name, pair in losses.items():
-        scores = found.get(name, Scores(masks[name], None, 0.0))
+        scores = scores_of_methods.get(name, Scores(masks[name], None, 0.0))
         learned = name in methods.METHODS
         results[name] = {
             "losses": [*pair, unseen_losses.get(name, [np.nan])[0]],

@@ -88,12 +88,12 @@ def tuned_shrinkage(world: worlds.World, scores_of: Callable) -> jax.Array:
     return shrinkages[jax.lax.map(losses, (sites, keys)).mean(0).argmin()]
 
 
-def _recalibrated(scores: jax.Array, y: jax.Array, at: jax.Array) -> jax.Array:
+def _recalibrated(scores: jax.Array, y: jax.Array, new_scores: jax.Array) -> jax.Array:
     """Returns logits whose intercept fits the labelled patients; the penalty of 0.1 keeps it finite with one class."""
     rows, ones = jnp.stack([jnp.ones_like(scores), scores], axis=1), jnp.ones_like(scores)
     fixed_slope = jnp.array([0.1, 1e6])
     params = model.ridge_logistic(rows, y, ones, jnp.array([0.0, 1.0]), fixed_slope)
-    return params[0] + params[1] * at
+    return params[0] + params[1] * new_scores
 
 
 MODELS = {"pooled": _pooled, "site-wise": _site_wise}
@@ -139,14 +139,14 @@ def transferred(world: worlds.World, site: jax.Array, rows: jax.Array) -> jax.Ar
     Each training site is predicted by the pooled model of the others.
     """
 
-    def at(number):
+    def predicted_by(number):
         everyone = jnp.arange(len(world.y))
         data = worlds.side(world, world.weights[number], everyone, world.marks)
         return jax.nn.sigmoid(data["scores"].sum(1))
 
-    own = jax.vmap(at)(jnp.arange(len(world.weights)))[world.site, jnp.arange(len(world.y))]
+    own = jax.vmap(predicted_by)(jnp.arange(len(world.weights)))[world.site, jnp.arange(len(world.y))]
     known = (world.site[:, None] == world.sites[None]).any(1)
     scores = jnp.where(known, jnp.where(world.y > 0, 1 - own, own), -jnp.inf)
-    p = at(site)[rows]
+    p = predicted_by(site)[rows]
     above = scores[:, None, None] >= jnp.stack([p, 1 - p], axis=-1)[None]
     return (1 + above.sum(0)) / (known.sum() + 1)

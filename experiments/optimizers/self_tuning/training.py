@@ -67,11 +67,11 @@ def scheduled(rate, plan, num_steps: int):
     With `plan["shaped"]` = 1, the rate rises over 20 steps and falls in a straight line to the end.
     """
 
-    def at(step):
+    def rate_at(step):
         shape = jnp.minimum(1, (step + 1) / 20) * (1 - step / num_steps)
         return rate * jnp.where(plan["shaped"], shape, 1)
 
-    return optax.adamw(at, weight_decay=plan["decay"])
+    return optax.adamw(rate_at, weight_decay=plan["decay"])
 
 
 def bounded(hp):
