@@ -16,7 +16,8 @@ from metaopt import base, few_shot, inner, nas, predictors, spaces
 from metaopt.blackbox import _acquisition, _posterior, _surrogates, _transformer
 from metaopt.nas.search import _cell_encoder
 
-pytestmark = pytest.mark.once
+# The other rows are made large, of which a trained network warns.
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore:`x` has an entry of size")]
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
