@@ -263,7 +263,7 @@ def test_the_python_blocks_of_pages_run(part, tmp_path):
         assert text.startswith(name) and text.removeprefix(name).strip() and "nan" not in text, name
     if "README" in names:
         text = parts[names.index("README")]
-        assert re.search(r'^\* unrolled, remat="none" +exact', text, re.M)
+        assert re.search(r"^\* unrolled +exact", text, re.M)
         (shown,) = re.findall(r"```text\n(.*?)```", pages["README"].read_text(), re.DOTALL)
         assert shown in text
 
