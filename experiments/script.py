@@ -1,4 +1,4 @@
-"""Shared code of all scripts: options, data files, saved work, tables, and the record of how a result was made."""
+"""Shared code of all scripts: options, data files, saved work, scores, tables, and how a result was made."""
 
 import argparse
 import contextlib
@@ -17,6 +17,7 @@ if "--smoke" in sys.argv:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # halves the compile time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -165,6 +166,17 @@ def timed_parts(folder: Path | None) -> tuple[Callable[[str, Callable[[], dict]]
         return arrays
 
     return keep, seconds
+
+
+def repeated(tree: Any, num: int) -> Any:
+    """Returns a tree with a leading axis of `num` equal rows."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree)
+
+
+def add_scores(scores: dict[Any, list[dict[str, float]]], seed: int, name: Any, /, **values: float) -> None:
+    """Appends the scores of one seed to the list of `name`, and prints them."""
+    scores.setdefault(name, []).append(values)
+    print(f"seed {seed}: {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

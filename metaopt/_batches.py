@@ -54,7 +54,7 @@ def one_hot(batch: Mapping[str, Any], dtype: Any) -> jax.Array:
     return jax.nn.one_hot(y, len(batch["class_mask"]), dtype=dtype) * batch["mask"][:, None]
 
 
-def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
+def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = None, *, name: str = '"y"') -> None:
     """Raises ValueError if labels of real rows are not classes. For traced labels it checks only type and shape.
 
     Args:
@@ -62,6 +62,7 @@ def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = N
         passes.
       num_outputs: C.
       shape: the required shape of the labels, [N, positions...]; None does not check it.
+      name: the name of the labels in the error messages.
 
     Raises:
       ValueError: if labels are not integers (or booleans), do not match the rows of "x" in number, or have another
@@ -71,15 +72,15 @@ def check_labels(batch: Any, num_outputs: int, shape: tuple[int, ...] | None = N
     """
     if not isinstance(batch, Mapping) or batch.get("y") is None:
         return
-    _check_form(batch, num_outputs, shape)
+    _check_form(batch, num_outputs, shape, name)
     y, mask = batch["y"], batch.get("mask")
     if mask is not None and np.shape(mask) not in (np.shape(y), np.shape(y)[:1]):
         mask = None  # a mask of something other than rows
-    name = f'The labels "y" of a network with {num_outputs} outputs'
+    name = f"The labels {name} of a network with {num_outputs} outputs (classes)"
     _checks.check_labels(name, y, num_outputs, mask=mask, class_mask=batch.get("class_mask"))
 
 
-def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None = None) -> None:
+def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ...] | None, name: str) -> None:
     """Raises ValueError if the shape or type of "y" [*shape] or the shape of "class_mask" is wrong.
 
     Traced arrays are checked, too.
@@ -88,7 +89,7 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
     dtype, y_shape = getattr(y, "dtype", None) or np.asarray(y).dtype, np.shape(y)
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_)):
         raise ValueError(
-            f'The labels "y" must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the '
+            f"The labels {name} must be integers in 0..{num_outputs - 1}, or booleans; got {dtype}. Number the "
             "classes (`np.unique(y, return_inverse=True)[1]`), or pass your own `loss` if the targets are not classes."
         )
     x_shape = getattr(x, "shape", None)  # with another loss, x may be a tree
@@ -97,7 +98,7 @@ def _check_form(batch: Mapping[str, Any], num_outputs: int, shape: tuple[int, ..
         raise ValueError(f'"x" and "y" must have the same number of rows; got {counts}.')
     if shape is not None and y_shape != shape:
         raise ValueError(
-            f'The labels "y" must have the shape {shape}, the outputs\' shape {(*shape, num_outputs)} without the '
+            f"The labels {name} must have the shape {shape}, the outputs' shape {(*shape, num_outputs)} without the "
             f"last axis; got {y_shape}. Use `y[:, 0]` for a column of labels [N, 1], `y.argmax(-1)` for one-hot rows "
             "[N, C], and `hypergrad.over_tasks` for a batch of tasks."
         )

@@ -133,10 +133,18 @@ def check_hyperparams(hyperparams: base.HyperParams) -> None:
             )
 
 
+LABELS_ADVICE = (
+    "Labels are 0 to C - 1 for C classes: subtract the smallest label, or use "
+    "`np.unique(labels, return_inverse=True)[1]` on the labels of all rows together. If there are more classes, "
+    "increase C (`num_outputs` of a network)."
+)
+
+
 def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class_mask: Any = None) -> None:
     """Raises ValueError if the label of a real row is not a class.
 
-    Traced arrays are not checked, because a compiled program cannot raise.
+    Traced arrays are not checked, because a compiled program cannot raise. Neither are arrays of which other processes
+    hold a part.
 
     Args:
       name: the name of the labels in the error message.
@@ -151,7 +159,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
       ValueError: if a label of a real row is below 0, above C - 1 or not a whole number, or `class_mask` excludes its
         class.
     """
-    if any(isinstance(x, Tracer) for x in (y, mask, class_mask)):
+    if not all(map(_is_readable, (y, mask, class_mask))):
         return
     y = np.asarray(y)
     y = y.astype(int) if y.dtype == bool else y
@@ -163,8 +171,7 @@ def check_labels(name: str, y: Any, num_classes: int, *, mask: Any = None, class
     if (real & ~inside).any():
         raise ValueError(
             f"{name} must be in 0..{num_classes - 1}; got labels from {y[real].min()} to {y[real].max()}, "
-            f"{int((real & ~inside).sum())} of {int(real.sum())} outside. Number the classes from 0 "
-            "(`np.unique(y, return_inverse=True)[1]`)."
+            f"{int((real & ~inside).sum())} of {int(real.sum())} outside. {LABELS_ADVICE}"
         )
     if class_mask is None:
         return
@@ -191,15 +198,7 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
       ValueError: under the conditions of `check_labels`.
     """
 
-    def is_part(x: Any) -> bool:
-        return isinstance(x, Mapping) and "y" in x and "class_mask" in x
-
-    def is_readable(x: Any) -> bool:  # neither traced nor split over several processes
-        return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
-
-    for path, part in jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part):
-        if not is_part(part) or not all(is_readable(part.get(leaf)) for leaf in ("y", "mask", "class_mask")):
-            continue
+    for path, part in _parts_with_labels(tasks, with_classes=True):
         shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
         fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)
         mask = part.get("mask")
@@ -213,6 +212,35 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
             continue  # the mask does not mark rows
         labels = f"The labels `{name}{jax.tree_util.keystr(path)}['y']`"
         check_labels(labels, part["y"], classes[-1], mask=mask, class_mask=part["class_mask"])
+
+
+def has_unchecked_labels(tasks: base.PyTree) -> bool:
+    """Whether labels of a task are integers that `check_task_labels` does not check, because there is no "class_mask".
+
+    Only the estimator knows the classes of such labels.
+
+    Args:
+      tasks: a task or a batch of tasks, as arrays.
+
+    Returns:
+      Whether a mapping inside it has integers as "y" and no "class_mask". Labels of which other processes hold a part
+      do not count.
+    """
+    labels = [part["y"] for _, part in _parts_with_labels(tasks, with_classes=False)]
+    is_integer = lambda x: hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.integer)
+    return any(is_integer(y) and _is_readable(y) for y in labels)
+
+
+def _parts_with_labels(tasks: base.PyTree, *, with_classes: bool) -> list[tuple[Any, Mapping[str, Any]]]:
+    """The mappings with "y" inside a tree that have a "class_mask", or those that have none, with their paths."""
+    is_part = lambda x: isinstance(x, Mapping) and "y" in x and ("class_mask" in x) == with_classes
+    leaves = jax.tree_util.tree_leaves_with_path(tasks, is_leaf=is_part)
+    return [(path, leaf) for path, leaf in leaves if is_part(leaf)]
+
+
+def _is_readable(x: Any) -> bool:
+    """Whether this process has all values of an array, which is then neither traced nor split over processes."""
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 _REST_TOLERANCE = 0.3  # limit of ‖∇θ ℓ‖ / ‖∂f/∂θ‖
@@ -315,7 +343,7 @@ def constant_state_logged_once() -> Callable[[base.PyTree], None]:
     def log(model_state):
         leaves = jax.tree_util.tree_leaves_with_path(model_state)
         name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-        paths = [name(path) for path, leaf in leaves if _trees.is_float(leaf)]
+        paths = [name(path) for path, leaf in leaves if _trees.is_inexact(leaf)]
         if paths and not logged:
             logged.append(True)
             _LOGGER.warning(

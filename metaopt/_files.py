@@ -244,7 +244,7 @@ class Npz:
             raise ValueError(f"it has unexpected arrays: {', '.join(unexpected)}")
         for name, shape in shapes.items():
             spec = self.specs.get(name)
-            dtype_fits = spec is not None and (spec.dtype == others[name] if name in others else is_float(spec))
+            dtype_fits = spec is not None and (spec.dtype == others[name] if name in others else is_real_float(spec))
             if spec is None or spec.shape != shape or not dtype_fits:
                 actual = "it is missing" if spec is None else f"it is {spec.dtype} of shape {spec.shape}"
                 expected = others.get(name, "floating-point")
@@ -283,7 +283,7 @@ def open_npz(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Npz]:
         yield Npz(stack.enter_context(zipfile.ZipFile(stream)), size)
 
 
-def is_float(spec: Any) -> bool:
+def is_real_float(spec: Any) -> bool:
     """Whether an array has a floating-point type that JAX supports, too."""
     return spec.dtype.kind == "f" and spec.dtype.itemsize <= 8
 

@@ -108,14 +108,6 @@ def save(path: str | os.PathLike[str], value: Any) -> None:
     """
     by_type = {kind.type: (format_, kind) for format_, kind in _KINDS.items()}
     if type(value) not in by_type and (reason := _reason_against_a_pytree(value)):
-        steps = getattr(value, "steps", None)  # of a pipeline of scikit-learn
-        last = steps[-1] if isinstance(steps, list) and steps else None
-        if isinstance(last, tuple) and last and type(last[-1]) in by_type:
-            raise TypeError(
-                f"`metaopt.save` cannot save a {type(value).__name__}, but it saves its last step: pass "
-                "`pipeline[-1]`, and put the loaded model into a pipeline with the same transformers. `joblib.dump` "
-                "saves a whole pipeline."
-            )
         names = ", ".join(sorted(type_.__name__ for type_ in by_type if type_ is not Pytree))
         raise TypeError(
             f"`metaopt.save` cannot save a {type(value).__name__}; it saves {names}, and pytrees of "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from metaopt import base
 
 
-def is_float(leaf: Any) -> bool:
+def is_inexact(leaf: Any) -> bool:
     """Returns whether a leaf has a derivative: its type is floating-point or complex.
 
     Args:
@@ -22,7 +22,7 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
-def split(tree: base.PyTree, predicate: Callable[[Any], Any] = is_float) -> tuple[base.PyTree, base.PyTree]:
+def split(tree: base.PyTree, predicate: Callable[[Any], Any] = is_inexact) -> tuple[base.PyTree, base.PyTree]:
     """Splits a tree into the leaves that satisfy a predicate, and the other leaves.
 
     Args:

@@ -1,5 +1,6 @@
 """Every test runs in float64, with rank promotion refused; warnings are errors (`pyproject.toml`)."""
 
+import gc
 import os
 
 # Several JAX processes share the cores under `pytest -n auto`.
@@ -15,6 +16,9 @@ if hasattr(os, "sched_setaffinity") and os.environ.get("PYTEST_XDIST_WORKER", ""
 
 import jax
 import pytest
+
+# Tracing makes many objects. Python looks for cycles among them so often that this takes a seventh of the tests' time.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

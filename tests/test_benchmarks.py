@@ -306,11 +306,12 @@ def test_the_fit_of_memory_is_exact_for_memory_of_its_form(monkeypatch):
 
 @pytest.mark.slow
 def test_smoke_of_capacity():
-    table = [row for row in rows(smoke("capacity.py")) if any(cell.startswith("`") for cell in row[:2])]
+    table = [row for row in rows(smoke("capacity.py")) if any(cell.startswith('`"') for cell in row[:2])]
     widths, steps, checks = table[:2], table[2:6], table[6:]
     assert [row[1] for row in widths] == ['`"none"`', '`"sqrt"`'] and len(checks) == 4
-    assert float(widths[0][2].split()[0]) < float(widths[1][2].split()[0])
-    assert int(steps[0][2].replace(",", "")) < int(steps[1][2].replace(",", ""))
+    assert 0 < float(widths[0][2].split()[0]) < float(widths[1][2].split()[0])
+    for none, sqrt in (steps[:2], steps[2:]):
+        assert int(none[2].replace(",", "")) < int(sqrt[2].replace(",", ""))
     assert all(abs(float(row[5])) < 20 for row in checks)
 
 

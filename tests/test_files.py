@@ -11,4 +11,4 @@ from metaopt import _files
 )
 def test_floating_point_types_of_files_are_those_of_jax(name, expected):
     """float64 is what runs with x64 write; "g" is NumPy's long double, which JAX does not have."""
-    assert _files.is_float(np.zeros(1, name)) == expected
+    assert _files.is_real_float(np.zeros(1, name)) == expected

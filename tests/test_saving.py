@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import types
 import zipfile
 from typing import Any
 
@@ -103,7 +102,6 @@ def test_a_value_that_cannot_be_saved_leaves_the_old_file(tmp_path):
     before = path.read_bytes()
     for value, error, message in (
         ({"train": {}}, TypeError, "cannot save a dict; it saves .*Split"),
-        (types.SimpleNamespace(steps=[3]), TypeError, "cannot save a SimpleNamespace; it saves"),  # not a pipeline
         (tasks.Split({"train": {"letters": {"rows": [np.int64(1)]}}}), ValueError, "`Split` cannot be written as JSON"),
         (tasks.Split({"train": {"letters": [1]}}), ValueError, "is not a split"),  # type: ignore[dict-item]
     ):
@@ -116,7 +114,7 @@ def test_a_pipeline_is_saved_by_its_last_step(tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 2))
     model = automl.AutoRegressor(models=("linear",), time_limit=None, preset="instant", verbose=False)
     pipe = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(x, x[:, 0])
-    with pytest.raises(TypeError, match=r"cannot save a Pipeline, .* pass `pipeline\[-1\]`"):
+    with pytest.raises(TypeError, match="cannot save a Pipeline; it saves AutoClassifier"):
         metaopt.save(tmp_path / "model.npz", pipe)
     metaopt.save(tmp_path / "model.npz", pipe[-1])
     again = pipeline.make_pipeline(pipe[0], metaopt.load(tmp_path / "model.npz"))

@@ -29,8 +29,8 @@ def test_the_parts_of_a_tree_give_the_tree():
 
 
 def test_shapes_and_types_have_a_derivative_or_not():
-    assert _trees.is_float(jax.ShapeDtypeStruct((2,), jnp.bfloat16)) and _trees.is_float(1.0)
-    assert not any(map(_trees.is_float, (1, True, jax.ShapeDtypeStruct((), jnp.int32), jax.random.key(0))))
+    assert _trees.is_inexact(jax.ShapeDtypeStruct((2,), jnp.bfloat16)) and _trees.is_inexact(1.0)
+    assert not any(map(_trees.is_inexact, (1, True, jax.ShapeDtypeStruct((), jnp.int32), jax.random.key(0))))
 
 
 def test_weak_types_become_strong():

@@ -11,7 +11,7 @@ the largest T with two significant digits. For each policy, the programs of two 
 memory is compared with the prediction.
 
     python experiments/benchmarks/capacity.py            # minutes; writes experiments/results/capacity.md
-    python experiments/benchmarks/capacity.py --smoke    # less than a minute; prints only
+    python experiments/benchmarks/capacity.py --smoke    # two minutes; prints only
 """
 
 import functools
@@ -65,6 +65,12 @@ def sizes_of(model: Model, width: int) -> dict[str, tuple[int, ...]]:
 
 def millions(model: Model, width: int) -> float:
     return sum(math.prod(sizes) for sizes in sizes_of(model, width).values()) / 1e6
+
+
+def size_text(model: Model, width: int) -> str:
+    """Returns the millions of parameters as a text, with one decimal, or with two digits if they are few."""
+    number = millions(model, width)
+    return f"{number:.1f} M" if number >= 0.1 else f"{number:.2g} M"
 
 
 def features(width: int, num_steps: int, remat: str) -> np.ndarray:
@@ -135,15 +141,14 @@ def answers(grid: Grid) -> tuple[list[list[str]], list[list[str]], list[list[str
         for steps in grid.num_steps:
             of_width = lambda width: fit(width, steps)  # noqa: B023
             widths = [largest(of_width, grid.all_widths, budget) for budget in grid.budgets]
-            named = [f"{millions(grid.model, w):.1f} M, width {w}" if w else "none" for w in widths]
+            named = [f"{size_text(grid.model, w)}, width {w}" if w else "none" for w in widths]
             by_steps.append([str(steps), f'`"{remat}"`', *named])
             programs.append((widths[-1], steps))
         for width in grid.widths:
             of_steps = lambda steps: fit(width, steps)  # noqa: B023
             horizons = [largest(of_steps, grid.all_steps, budget) for budget in grid.budgets]
-            by_width.append(
-                [f"{millions(grid.model, width):.1f} M", f'`"{remat}"`', *(f"{t:,}" if t else "none" for t in horizons)]
-            )
+            longest = [f"{t:,}" if t else "none" for t in horizons]
+            by_width.append([size_text(grid.model, width), f'`"{remat}"`', *longest])
             programs.append((width, horizons[0]))
         # The largest model at the first T, and the longest run of the largest model.
         for width, steps in (programs[0], programs[-1]):
@@ -187,7 +192,7 @@ def main() -> None:
     options = script.parser(__doc__).parse_args()
     if options.smoke:
         widths, steps = range(16, 257, 16), two_digits(1000)
-        grid = Grid(Model(2, 8, 2), ("none", "sqrt"), (1 / 256,), (16,), (16, 64), (4, 25, 64), widths, steps)
+        grid = Grid(Model(2, 8, 2), ("none", "sqrt"), (1 / 32,), (16,), (16, 64), (4, 25, 64), widths, steps)
     else:
         widths, steps = range(64, 16385, 64), two_digits(10**8)
         grid = Grid(Model(12, 256, 8), POLICIES, BUDGETS, (16, 1024), (256, 1024), (16, 1024, 256), widths, steps)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import circumstances, num_cores
+from timing import circumstances, num_cores, relative_error
 from turns import medians
 
 from experiments import pages, script
@@ -129,12 +129,6 @@ def ours(num_steps: int, many: int, params, batch):
     return calls, gradients
 
 
-def error(actual, expected) -> float:
-    """Returns the largest relative error of a leaf."""
-    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), actual, expected)
-    return float(np.max(jax.tree.leaves(relative)))
-
-
 def peers(num_steps: int, options, params, batch) -> tuple[list[dict], str]:
     """Returns rows of other libraries, from their own environment, and its versions."""
     arrays = {f"params/{layer}/{leaf}": x for layer, leaves in params.items() for leaf, x in leaves.items()}
@@ -165,7 +159,7 @@ def rows_of(num_steps: int, options) -> tuple[list[list[str]], list[str], str]:
     seconds = medians(calls, options.repetitions, clock=time.process_time)
     ms = {(name, n): 1e3 * seconds[name, n] / (repeat[name, n] * n) for name, n in measured}
     expected = jax.device_get(gradients[BY_HAND.format(how="unrolled")])
-    errors = {name: error(jax.device_get(actual), expected) for name, actual in gradients.items()}
+    errors = {name: relative_error(jax.device_get(actual), expected) for name, actual in gradients.items()}
     rows = []
     for (name, n), (_, compile_seconds) in measured.items():
         hand = min(t for (other, m), t in ms.items() if m == n and other.startswith("by hand"))
@@ -182,7 +176,7 @@ def rows_of(num_steps: int, options) -> tuple[list[list[str]], list[str], str]:
                 rows.append([str(num_steps), f"{row['name']} ({row['reason']})", *[""] * 6])
                 continue
             actual = jax.tree.map(np.asarray, row["gradient"], is_leaf=lambda x: isinstance(x, list))
-            errors[row["name"]] = error(actual, expected)
+            errors[row["name"]] = relative_error(actual, expected)
             compile_seconds = f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else ""
             rows.append(
                 [str(num_steps), row["name"], "1", f"{row['ms']:.3f}", "", f"{row['ms'] / ms['metaopt', 1]:.1f}"]

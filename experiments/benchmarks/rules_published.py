@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import published
-from rules_rows import HERE, TOLERANCE, number, relative_error
-from timing import compiled, num_cores, temporary_mib
+from rules_rows import HERE, TOLERANCE, number
+from timing import compiled, num_cores, relative_error, temporary_mib
 from turns import medians
 
 from experiments import script

@@ -11,9 +11,7 @@ import cases
 import jax
 import numpy as np
 from rules_programs import PLAIN
-from timing import num_cores
-
-from metaopt import base
+from timing import num_cores, relative_error
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-3  # of hypergradients, in float32
@@ -41,12 +39,6 @@ def error(actual: dict, expected: dict) -> float:
     if not isinstance(actual["decay"], dict):  # one penalty: its derivative is the sum over the layers
         expected = {**expected, "decay": sum(np.sum(leaf) for leaf in expected["decay"].values())}
     return relative_error(actual, expected)
-
-
-def relative_error(actual: base.PyTree, expected: base.PyTree) -> float:
-    """Returns the largest relative error of a leaf of the hypergradient."""
-    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), actual, expected)
-    return float(np.max(jax.tree.leaves(relative)))  # NaN if there is one
 
 
 def peers(

@@ -7,8 +7,8 @@ import cases
 import jax
 import jax.numpy as jnp
 from rules_programs import train_by_hand
-from rules_rows import TOLERANCE, Row, number, peers, relative_error
-from timing import compiled, temporary_mib
+from rules_rows import TOLERANCE, Row, number, peers
+from timing import compiled, relative_error, temporary_mib
 from turns import medians
 
 from metaopt import base, hypergrad, inner

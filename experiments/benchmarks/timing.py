@@ -1,13 +1,15 @@
-"""Measurements of the benchmarks of JAX programs, and their formatting."""
+"""Measurements of the benchmarks of JAX programs, errors of their results, and the formatting."""
 
 import os
 import platform
 import time
 
 import jax
+import numpy as np
 import optax
 
 import metaopt
+from metaopt import base
 
 
 def num_cores() -> int:
@@ -24,6 +26,12 @@ def compiled(function, *args):
 
 def temporary_mib(program) -> float:
     return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def relative_error(actual: base.PyTree, expected: base.PyTree) -> float:
+    """Returns the largest relative error of a leaf."""
+    relative = jax.tree.map(lambda a, b: np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b), actual, expected)
+    return float(np.max(jax.tree.leaves(relative)))  # NaN if there is one
 
 
 def circumstances(command: str, *, memory: bool = True) -> str:

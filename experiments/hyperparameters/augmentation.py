@@ -43,6 +43,7 @@ import optax
 from jax.scipy import ndimage
 
 from experiments import script
+from experiments.hyperparameters import costs
 from metaopt import base, hypergrad, inner, spaces, training
 
 FILES = {"MNIST": "mnist.npz", "Fashion-MNIST": "fashion_mnist_sub.npz"}
@@ -177,19 +178,6 @@ def make_rules(config) -> dict:
     return rules
 
 
-def relative_cost(config, task) -> float:
-    """Returns the cost of an unrolled hypergradient, in training runs with their validation, by operations."""
-    problem, key = spaces.constrain(make_problem(config), SPACE), jax.random.key(0)
-    z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
-    estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
-
-    def plain(z):
-        train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())  # a scan, whose length counts
-        return clean_loss(train(key, z, task.train)[0].params, None, task.valid)
-
-    return hypergrad.flops(lambda z: estimator.estimate(z, task, key)[0].hypergrad, z) / hypergrad.flops(plain, z)
-
-
 def run_seed(data: str, seed: int, config, judge, rules, say) -> tuple[dict, dict]:
     """Returns {name: scores} and {name: λ} of one seed.
 
@@ -284,7 +272,9 @@ def main() -> None:
         print(f"[{time.process_time():5.0f} s] {text}", flush=True)
 
     judge, rules = make_judge(config), make_rules(config)
-    cost = relative_cost(config, load(config.data[0], 0, config.num_rows)[0])
+    cost = costs.unrolled_cost(
+        make_problem(config), SPACE, load(config.data[0], 0, config.num_rows)[0], config.num_steps
+    )
     config.trials = math.ceil(config.runs * cost)
     runs = {
         data: [run_seed(data, seed, config, judge, rules, say) for seed in range(config.seeds)] for data in config.data

@@ -24,6 +24,7 @@ MNIST is read from mnist.npz in the folder that METAOPT_DATA names.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -134,11 +135,8 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     train = jax.jit(lambda hp, data: plain.loop.params(run_loop(jax.random.key(0), hp, data)))
     scores, histories = {}, {}
 
-    def add(name, **values):
-        scores.setdefault(name, []).append(values)
-        print(f"seed {seed}: {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-
     for seed in range(options.seeds):
+        add = partial(script.add_scores, scores, seed)
         task, corrupted, test = load(seed, num_rows)
         everything, ones = both(task), np.ones(num_rows)
         is_clean = np.concatenate([~corrupted, ones])

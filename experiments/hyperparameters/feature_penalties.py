@@ -31,6 +31,7 @@ sms_spam.tsv.gz is read from the folder that METAOPT_DATA names.
 import argparse
 import gzip
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -145,11 +146,8 @@ def run(options: argparse.Namespace) -> tuple[dict, list[float]]:
     train = jax.jit(lambda hp, data: plain.loop.params(run_loop(jax.random.key(0), hp, data)))
     scores, plain_seconds = {}, []
 
-    def add(name, **values):
-        scores.setdefault(name, []).append(values)
-        print(f"seed {seed}: {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-
     for seed in range(options.seeds):
+        add = partial(script.add_scores, scores, seed)
         data = load(seed, num_features, 300 if options.smoke else None)
         task = jax.tree.map(jnp.asarray, base.Task(data["train"], data["valid"]))
         grid = [{"penalty": jnp.asarray(p, jnp.float32)} for p in np.geomspace(LOW, HIGH, 3 if options.smoke else 17)]

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 from experiments import script
-from experiments.hyperparameters import transformer
+from experiments.hyperparameters import costs, transformer
 from metaopt import base, hypergrad, inner, spaces, training
 
 GROUPS = ("embed", "attention 1", "mlp 1", "attention 2", "mlp 2", "output")
@@ -121,24 +121,6 @@ def make_learners(config) -> dict:
     return learners
 
 
-def relative_cost(config, task) -> float:
-    """Returns the cost of an unrolled hypergradient, in training runs with their validation, by operations."""
-    problem, key = spaces.constrain(make_problem(config), SPACE), jax.random.key(0)
-    z = spaces.to_unconstrained(SPACE, spaces.default(SPACE))
-    estimator = hypergrad.unrolled(problem, num_steps=config.num_steps, remat="step")
-
-    def plain(z):
-        train = inner.run(problem.loop, config.num_steps, trace_fn=lambda state: ())  # a scan, whose length counts
-        return mean_loss(train(key, z, task.train)[0].params, None, task.valid)
-
-    with_gradient = hypergrad.flops(lambda z: estimator.estimate(z, task, key)[0].hypergrad, z)
-    return with_gradient / hypergrad.flops(plain, z)
-
-
-def repeated(hyperparams, num: int):
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), hyperparams)
-
-
 def run_seed(seed: int, config, judge, learners, say):
     """Returns {name: [validation, test loss]} and {name: λ} of one seed."""
     task, test = load(seed, config)
@@ -148,7 +130,7 @@ def run_seed(seed: int, config, judge, learners, say):
 
     def validate(hyperparams):
         """Returns the mean validation loss of a few trainings. Test rows are not used."""
-        return judge(select_keys, repeated(hyperparams, config.repeats), task, task.valid)[:, 0].mean()
+        return judge(select_keys, script.repeated(hyperparams, config.repeats), task, task.valid)[:, 0].mean()
 
     for name, (learner, steps) in learners.items():
         result = training.fit(
@@ -177,7 +159,7 @@ def run_seed(seed: int, config, judge, learners, say):
     say(f"grid: validation {float(validate(chosen[GRID])):.4f}")
 
     keys = jax.random.split(test_key, config.test_repeats)
-    losses = {n: np.asarray(judge(keys, repeated(h, len(keys)), task, test)).mean(0) for n, h in chosen.items()}
+    losses = {n: np.asarray(judge(keys, script.repeated(h, len(keys)), task, test)).mean(0) for n, h in chosen.items()}
     return losses, chosen
 
 
@@ -213,7 +195,7 @@ def main() -> None:
         print(f"[{time.process_time():5.0f} s] {text}", flush=True)
 
     judge, learners = make_judge(config), make_learners(config)
-    config.cost = relative_cost(config, load(0, config)[0])
+    config.cost = costs.unrolled_cost(make_problem(config), SPACE, load(0, config)[0], config.num_steps)
     config.side = math.ceil(math.sqrt(config.outer_steps * config.cost))  # the grid gets the compute of the outer steps
     runs = [run_seed(seed, config, judge, learners, say) for seed in range(config.seeds)]
     names = list(runs[0][0])

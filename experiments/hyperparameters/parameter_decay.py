@@ -30,6 +30,7 @@ fashion_mnist_sub.npz is read from the folder that METAOPT_DATA names.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -172,10 +173,6 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
     train = jax.jit(lambda key, hp, data: plain.loop.params(run_loop(key, hp, data)))
     scores, histories = {}, {}
 
-    def add(where, **values):
-        scores.setdefault(where, []).append(values)
-        print(f"seed {seed}: {where}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-
     def rate(params, task, test, suffix=""):
         (valid_loss, valid), (test_loss, error) = judge(params, task.valid), judge(params, test)
         values = {"train": judge(params, task.train)[1], "valid": valid, "test": error}
@@ -183,6 +180,7 @@ def run(options: argparse.Namespace) -> tuple[dict, dict]:
         return {name + suffix: value for name, value in values.items()}
 
     for seed in range(options.seeds):
+        add = partial(script.add_scores, scores, seed)
         first_key, other_key, fit_key = jax.random.split(jax.random.key(seed), 3)
         for num_valid in sizes:
             task, test = load(seed, num_train, num_valid)

@@ -106,7 +106,7 @@ def split_goals(seed: int) -> tuple[np.ndarray, np.ndarray]:
 def goal_tasks(goals: jax.Array) -> base.Task:
     """Returns tasks with a leading axis."""
     params = hidden_goal().params
-    physics = searches.repeated(params, len(goals))._replace(goal=jnp.asarray(goals, jnp.int32))
+    physics = script.repeated(params, len(goals))._replace(goal=jnp.asarray(goals, jnp.int32))
     return base.Task(physics, physics)
 
 
@@ -239,8 +239,8 @@ def physics_tasks(key: jax.Array, num: int) -> base.Task:
     names = ("cart_mass", "pole_mass", "length", "force")
     factors = 2 ** jax.random.uniform(key, (len(names), num), minval=-1.0, maxval=1.0)
     changes = {name: getattr(usual, name) * factor for name, factor in zip(names, factors, strict=True)}
-    physics = searches.repeated(usual, num)._replace(**changes)
-    return base.Task(physics, (physics, searches.repeated(actor_critic.OUTER, num)))
+    physics = script.repeated(usual, num)._replace(**changes)
+    return base.Task(physics, (physics, script.repeated(actor_critic.OUTER, num)))
 
 
 def estimators(problem: base.Problem, settings: Settings) -> dict[str, tuple[base.Estimator, float]]:
@@ -309,7 +309,7 @@ def judged_course(z: Any, key: jax.Array, num: int, settings: Settings) -> float
     trainer = course_trainer(settings.course, settings.course_sizes)
     return float(
         np.nan_to_num(
-            trainer(jax.random.split(run_key, num), searches.repeated(z, num), physics_tasks(physics_key, num).train)
+            trainer(jax.random.split(run_key, num), script.repeated(z, num), physics_tasks(physics_key, num).train)
         ).mean()
     )
 

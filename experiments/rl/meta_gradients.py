@@ -95,7 +95,7 @@ def tune_all(programs: Programs, keys: jax.Array, settings: Settings, start=STAR
     """Returns curves and paths of one run for each key, in which the hyperparameters `names` are tuned."""
     num = len(keys)
     z = searches.coordinates([start] * num)
-    tasks = searches.repeated(actor_critic.make_task(programs.family, outer), num)
+    tasks = script.repeated(actor_critic.make_task(programs.family, outer), num)
     return programs.tune(keys, z, searches.outer_rates([settings.outer_rate] * num, names), tasks)
 
 

@@ -207,8 +207,3 @@ def tuned(estimator: base.Estimator, num_estimates: int, chunk: int) -> Callable
         return np.asarray(curves, np.float64), {name: np.asarray(paths[name]) for name in SPACE}
 
     return tune
-
-
-def repeated(tree: Any, num: int) -> Any:
-    """Returns a tree with a leading axis of `num` equal rows."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree)

@@ -9,7 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from metaopt._trees import is_float
+from metaopt._trees import is_inexact
 
 
 def used_leaves(function: Callable, hyperparams: Any, *args: Any) -> list[bool]:
@@ -61,8 +61,8 @@ def refuse_derivative(outputs: Any, inputs: Any, message: str) -> Any:
       `outputs`.
     """
     leaves, structure = jax.tree.flatten(outputs)
-    indices = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
-    moves = [leaf for leaf in jax.tree.leaves(inputs) if is_float(leaf)]
+    indices = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    moves = [leaf for leaf in jax.tree.leaves(inputs) if is_inexact(leaf)]
 
     @jax.custom_jvp
     def identity(outputs, inputs):

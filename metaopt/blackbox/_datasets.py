@@ -76,7 +76,7 @@ def dataset_features(dataset: Any) -> np.ndarray:
     if isinstance(dataset, tasks.Table):
         x, y, categorical = dataset.x, dataset.y, dataset.categorical
     else:
-        x, y = _numbers(dataset[0]), np.asarray(dataset[1])
+        x, y = np.asarray(dataset[0], float), np.asarray(dataset[1])
         categorical = np.zeros(x.shape[1], bool)
     labels = _labels(y)
     if x.ndim == 2:
@@ -98,16 +98,6 @@ def features_of_datasets(datasets: Mapping[str, Any], features: Any = None) -> t
     return kind_of(next(iter(datasets.values()))), {
         name: dataset_features(dataset) for name, dataset in datasets.items()
     }
-
-
-def _numbers(x: Any) -> np.ndarray:
-    try:
-        return np.asarray(x, float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"x must be numeric ({error}). Encode texts and dates with `tasks.fit_encoder`, and pass a `tasks.Table`, "
-            "which marks categorical columns."
-        ) from error
 
 
 def _labels(y: np.ndarray) -> np.ndarray:

@@ -68,15 +68,15 @@ def goal_score(
 ) -> Callable[[jax.Array], jax.Array]:
     """Returns the score of encoded configurations: [P, D] -> [P], larger is better."""
     num = len(models) - len(trials.bounds)
-    conditioned = [
+    conditioned_models = [
         _posterior.condition(specialized(model, task), task.weights, ended)
         for model, task, ended in zip(models, tasks, trials.ended, strict=True)
     ]
 
     def score(x):
         mixtures = [
-            _posterior.posterior_at(model.surrogate, conditions, x, functions=functions_at_x)
-            for model, conditions, functions_at_x in zip(models, conditioned, functions, strict=True)
+            _posterior.posterior_at(model.surrogate, conditioned_model, x, functions=functions_at_x)
+            for model, conditioned_model, functions_at_x in zip(models, conditioned_models, functions, strict=True)
         ]
         total = jnp.ones(len(x)) if trials.front is None else hypervolume_improvement(mixtures[:num], trials.front)
         for mixture, bound in zip(mixtures[num:], trials.bounds, strict=True):

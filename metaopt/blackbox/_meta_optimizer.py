@@ -31,7 +31,7 @@ from metaopt.blackbox._fit_surrogate import (
     stacked_rows,
 )
 from metaopt.blackbox._fitting import Budget
-from metaopt.blackbox._goals import goals_of_records, records_of_outcome
+from metaopt.blackbox._goals import Goals, goals_of_records, records_of_outcome
 from metaopt.blackbox._meta_search import MetaOptimizer, effective_tasks, meta_optimizer
 from metaopt.blackbox._new_trials import as_configurations
 
@@ -209,20 +209,14 @@ def train_meta_optimizer(
     >>> outcome = loss(trial.configuration, 0.8)
     >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])  # and ask again
     """
-    for name, share in (("deep_share", deep_share), ("transformer_share", transformer_share)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
+    _check_shares(deep_share=deep_share, transformer_share=transformer_share)
     if candidates is not None:
         candidates = as_configurations("candidates", candidates, space)
         if not len(candidates):
             raise ValueError("`candidates` is empty. Pass None to search the whole space.")
-    records = as_records(records)
-    goals = goals_of_records(records, objectives, constraints)
+    records, goals, other_outcomes = _by_outcome(as_records(records), objectives, constraints)
     if goals is not None and transformers:
         raise ValueError("`transformers` predict one outcome; omit them, or `objectives` and `constraints`.")
-    names = () if goals is None else goals.names
-    outcomes = {name: records_of_outcome(records, name) for name in names}
-    records = next(iter(outcomes.values()), records)
     if space is None:
         space = inferred_space(records, candidates)
     warn_of_foreign(space, records)
@@ -231,29 +225,15 @@ def train_meta_optimizer(
     if families is not None:
         check_task_names("families", families, names)
     family = [name if families is None else families.get(name, name) for name in names]
-    reads = None
-    if datasets is not None:
-        check_datasets(names, datasets)
-    if datasets and all(map(is_dataset, datasets.values())):
-        reads, features, datasets = *features_of_datasets(datasets, features), None
-    given_features = features_by_task(names, features)
+    reads, features, rows = _descriptions(names, features, datasets)
     key, budget = jax.random.key(0) if key is None else key, Budget(num_steps, progress)
-    setup = _Setup(key, budget, candidates is None, max_reference)
-    surrogate = _surrogate_of(setup, trials, given_features)
-    if datasets is not None:
-        rows = stacked_rows(names, datasets)
-        surrogate = fit_embedding(setup.keys[1], surrogate, rows, family, num_members, setup.budget)
-    elif given_features is not None:
-        surrogate = fit_attention(setup.keys[1], surrogate, family, num_members, setup.budget)
+    setup = _Setup(key, budget, candidates is None, max_reference, num_members)
+    surrogate = _surrogate_of(setup, trials, family, features_by_task(names, features), rows)
     if deep_kernels:
         surrogate = _with_deep_kernels(setup, surrogate, trials, deep_kernels, deep_share)
     if transformers:
         surrogate = _with_transformers(setup, surrogate, trials, family, transformers, transformer_share)
     cost_surrogate = _cost_surrogate(setup, costs_by_task(records, encode)) if costs else None
-    other_surrogates = [
-        _other_surrogate(setup, number, name, outcomes[name], encode, features, families, num_members)
-        for number, name in enumerate(list(outcomes)[1:])
-    ]
     g = meta_optimizer(
         surrogate,
         cost_surrogate,
@@ -263,7 +243,7 @@ def train_meta_optimizer(
         effective_tasks=effective_tasks(trials, surrogate.kernel, space, candidates),
         reads=reads,
         goals=goals,
-        other_surrogates=other_surrogates,
+        other_surrogates=_other_surrogates(setup, other_outcomes, encode, features, families),
     )
     _warn_of_little_evidence(g)
     return g
@@ -326,6 +306,39 @@ def train_meta_searcher(
     return train_meta_optimizer(records, space=space, candidates=candidates, **kwargs)
 
 
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1]; got {share}.")
+
+
+def _by_outcome(
+    records: list[base.Record], objectives: Sequence[str] | None, constraints: Mapping[str, float] | None
+) -> tuple[list[base.Record], Goals | None, dict[str, list[base.Record]]]:
+    """The records of the first outcome, the goals, and the records of every other outcome by its name."""
+    goals = goals_of_records(records, objectives, constraints)
+    if goals is None:
+        return records, None, {}
+    first, *others = goals.names
+    return records_of_outcome(records, first), goals, {name: records_of_outcome(records, name) for name in others}
+
+
+def _descriptions(
+    names: list[str], features: Mapping[str, Any] | None, datasets: Mapping[str, Any] | None
+) -> tuple[str | None, Mapping[str, Any] | None, dict[str, jax.Array] | None]:
+    """What describes the tasks.
+
+    Returns:
+      The kind of the datasets that the `MetaOptimizer` reads, if features are computed from them; task -> features; and
+      the rows of all tasks, if an embedding of them is trained.
+    """
+    if datasets is not None:
+        check_datasets(names, datasets)
+    if datasets and all(map(is_dataset, datasets.values())):
+        return *features_of_datasets(datasets, features), None
+    return None, features, None if datasets is None else stacked_rows(names, datasets)
+
+
 class _Setup(NamedTuple):
     """The settings that the parts of a learned optimizer share.
 
@@ -335,12 +348,14 @@ class _Setup(NamedTuple):
       smooth: whether to bound the share of the outcome that is specific to a configuration (`at_least_smooth`). True
         without candidates.
       max_reference: maximum number of reference configurations.
+      num_members: size of the ensemble that weights the tasks.
     """
 
     key: jax.Array
     budget: Budget
     smooth: bool
     max_reference: int
+    num_members: int
 
     @property
     def keys(self) -> jax.Array:
@@ -354,12 +369,22 @@ class _Setup(NamedTuple):
 
 
 def _surrogate_of(
-    setup: _Setup, trials: list[_surrogates.TaskTrials], features: np.ndarray | None
+    setup: _Setup,
+    trials: list[_surrogates.TaskTrials],
+    family: list[Any],
+    features: np.ndarray | None,
+    rows: dict[str, jax.Array] | None = None,
 ) -> _surrogates.Surrogate:
-    kernel_key, _, reference_key = setup.keys
+    """The surrogate of one outcome. If there are features or rows, its weights of tasks are fitted to them."""
+    kernel_key, weights_key, reference_key = setup.keys
     kernel = fit_kernel(kernel_key, trials, setup.budget, smooth=setup.smooth)
     reference = reference_configurations(reference_key, trials, setup.max_reference)
-    return _surrogates.surrogate(trials, kernel, reference, features=features)
+    surrogate = _surrogates.surrogate(trials, kernel, reference, features=features)
+    if rows is not None:
+        return fit_embedding(weights_key, surrogate, rows, family, setup.num_members, setup.budget)
+    if features is not None:
+        return fit_attention(weights_key, surrogate, family, setup.num_members, setup.budget)
+    return surrogate
 
 
 def _warn_of_little_evidence(g: MetaOptimizer) -> None:
@@ -376,18 +401,17 @@ def _warn_of_little_evidence(g: MetaOptimizer) -> None:
         )
 
 
-def _other_surrogate(
-    setup: _Setup, number: int, outcome: str, records: list[base.Record], encode, features, families, num_members: int
-) -> _surrogates.Surrogate:
-    """The surrogate of one more outcome. If there are features, its weights of tasks are fitted to them."""
-    names, trials = by_task(records, encode, f"records` of the outcome `{outcome}")
-    setup = setup._replace(key=jax.random.fold_in(setup.key, 6 + number))
-    given_features = features_by_task(names, features)
-    surrogate = _surrogate_of(setup, trials, given_features)
-    if given_features is None:
-        return surrogate
-    family = [name if families is None else families.get(name, name) for name in names]
-    return fit_attention(setup.keys[1], surrogate, family, num_members, setup.budget)
+def _other_surrogates(
+    setup: _Setup, outcomes: Mapping[str, list[base.Record]], encode, features, families
+) -> list[_surrogates.Surrogate]:
+    """The surrogates of further outcomes, each with its own key."""
+    surrogates = []
+    for number, (outcome, records) in enumerate(outcomes.items()):
+        names, trials = by_task(records, encode, f"records` of the outcome `{outcome}")
+        own = setup._replace(key=jax.random.fold_in(setup.key, 6 + number))
+        family = [name if families is None else families.get(name, name) for name in names]
+        surrogates.append(_surrogate_of(own, trials, family, features_by_task(names, features)))
+    return surrogates
 
 
 def _with_deep_kernels(

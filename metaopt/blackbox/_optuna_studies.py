@@ -430,10 +430,9 @@ def _as_told(trial, signs: Sequence[float], drawn: dict[str, Any], goals: Goals)
         converted = as_told_outcomes(trial, signs, goals)
         return [told._replace(configuration=record.configuration, seed=1, trial=trial.number) for told in converted]
     (sign,) = signs
+    # The fidelities are far below 1, the full budget. Fidelities are compared to six digits.
     records = [
-        record._replace(
-            outcome=sign * value, fidelity=(step + 1) / 1e15
-        )  # far below 1, the full budget; compared to six digits
+        record._replace(outcome=sign * value, fidelity=(step + 1) / 1e15)
         for step, value in sorted(trial.intermediate_values.items())
         if step >= 0 and math.isfinite(value)
     ]

@@ -84,7 +84,7 @@ def _check_surrogate(kind: str, specs: Mapping[str, Any], num_dims: int) -> None
 
     def check(path, num_axes, spec):
         is_count = path[-1] == jax.tree_util.GetAttrKey("max_shown")
-        if len(spec.shape) != num_axes or not (spec.dtype.kind == "i" if is_count else _files.is_float(spec)):
+        if len(spec.shape) != num_axes or not (spec.dtype.kind == "i" if is_count else _files.is_real_float(spec)):
             raise ValueError(f"{kind}{jax.tree_util.keystr(path)} has shape {spec.shape} and type {spec.dtype}")
 
     is_spec = lambda node: hasattr(node, "dtype")

@@ -2,11 +2,11 @@
 
 The trials are tokens of a set. The queried configurations are further tokens; each attends to the trials and to itself:
 
-    task:   h₀ = β + V x_t + N [log(1 + n), n = 0, n = 1]
-    trial:  h_i = C c_i + Y [asinh(10 v_i), v_i = 0, it failed, it did not]
-    query:  h_c = C c + q
-    h ← h + Σ_heads attention(norm h; the task, the trials, itself),    h ← h + W₂ relu(W₁ norm h)    (L times)
-    p(v, or failure | c, trials) = softmax(W norm h_c + b)
+    task:   e₀ = β + V x_t + N [log(1 + n), n = 0, n = 1]
+    trial:  e_i = C c_i + Y [asinh(10 v_i), v_i = 0, it failed, it did not]
+    query:  e_c = C c + q
+    e ← e + Σ_heads attention(norm e; the task, the trials, itself),    e ← e + W₂ relu(W₁ norm e)    (L times)
+    p(v, or failure | c, trials) = softmax(W norm e_c + b)
 
 where c is an encoded configuration, x_t are the task's features, and n is the number of trials that did not fail.
 Outcomes are relative to the trials themselves, so their units do not matter: with n > 1,
@@ -168,17 +168,17 @@ def _read(transformer, trials, scale) -> TrialsRead:
     of_outcome = jnp.stack([mark.astype(x.dtype) for mark in outcome_features], 1)
     of_count = jnp.stack([jnp.log1p(num.astype(x.dtype)), num == 0, num == 1]).astype(x.dtype)
     first = transformer.bias + of_count @ transformer.count
-    h = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
+    tokens = jnp.concatenate([first[None], x @ transformer.configuration + of_outcome @ transformer.outcome])
     is_real = jnp.concatenate([jnp.ones(1, bool), mask > 0])
-    h = jnp.where(is_real[:, None], h, 0.0)  # padding may hold any values
+    tokens = jnp.where(is_real[:, None], tokens, 0.0)  # padding may hold any values
 
-    def step(h, layer):
-        q, k, v = _qkv(h, layer)
+    def step(tokens, layer):
+        q, k, v = _qkv(tokens, layer)
         logits = jnp.einsum("uhk,vhk->huv", q, k) / np.sqrt(q.shape[-1])
         mixed = jnp.einsum("huv,vhk->uhk", jax.nn.softmax(logits, where=is_real[None, None]), v)
-        return _onward(h, mixed, layer), (k, v)
+        return _onward(tokens, mixed, layer), (k, v)
 
-    _, (keys, values) = jax.lax.scan(step, h, transformer.layers)
+    _, (keys, values) = jax.lax.scan(step, tokens, transformer.layers)
     # Without a trial, v is a normalized outcome, in [0, 1]. With one trial, v is the difference of two such outcomes,
     # in [-1, 1].
     lowest = jnp.where(num == 0, 0.0, jnp.where(num == 1, -1.0, -jnp.inf))
@@ -190,20 +190,20 @@ def _read(transformer, trials, scale) -> TrialsRead:
 
 def _logits(transformer: Transformer, read: TrialsRead, x: jax.Array) -> jax.Array:
     """[P, B + 1] log probabilities of v's bins, and of failure."""
-    h = x @ transformer.configuration + transformer.query[None]
+    tokens = x @ transformer.configuration + transformer.query[None]
 
-    def step(h, layer_and_trials):
+    def step(tokens, layer_and_trials):
         layer, keys, values = layer_and_trials
-        q, k, v = _qkv(h, layer)
+        q, k, v = _qkv(tokens, layer)
         root = np.sqrt(q.shape[-1])
         trial_logits = jnp.where(read.mask[None, None], jnp.einsum("phk,nhk->phn", q, keys) / root, -jnp.inf)
         self_logits = (q * k).sum(-1) / root
         shares = jax.nn.softmax(jnp.concatenate([trial_logits, self_logits[..., None]], -1))
         mixed = jnp.einsum("phn,nhk->phk", shares[..., :-1], values) + shares[..., -1:] * v
-        return _onward(h, mixed, layer), None
+        return _onward(tokens, mixed, layer), None
 
-    h, _ = jax.lax.scan(step, h, (transformer.layers, read.keys, read.values))
-    logits = _norm(h) @ transformer.head + transformer.head_bias[None]
+    tokens, _ = jax.lax.scan(step, tokens, (transformer.layers, read.keys, read.values))
+    logits = _norm(tokens) @ transformer.head + transformer.head_bias[None]
     return jax.nn.log_softmax(jnp.where(read.possible[None], logits, -1e9))
 
 
@@ -343,14 +343,14 @@ def _zero_and_scale(y, seen, scale):
     return low, jnp.where(num > 1, excess / jnp.maximum(num - 1, 1), scale)
 
 
-def _norm(h):
-    return jax.nn.standardize(h, epsilon=1e-6)
+def _norm(tokens):
+    return jax.nn.standardize(tokens, epsilon=1e-6)
 
 
-def _qkv(h, layer):
-    return jnp.split((_norm(h) @ layer["qkv"]).reshape(len(h), _NUM_HEADS, -1), 3, axis=-1)
+def _qkv(tokens, layer):
+    return jnp.split((_norm(tokens) @ layer["qkv"]).reshape(len(tokens), _NUM_HEADS, -1), 3, axis=-1)
 
 
-def _onward(h, mixed, layer):
-    h = h + mixed.reshape(h.shape) @ layer["mix"]
-    return h + jax.nn.relu(_norm(h) @ layer["up"]) @ layer["down"]
+def _onward(tokens, mixed, layer):
+    tokens = tokens + mixed.reshape(tokens.shape) @ layer["mix"]
+    return tokens + jax.nn.relu(_norm(tokens) @ layer["up"]) @ layer["down"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from metaopt import _jaxpr, base, inner
 from metaopt.few_shot import _leaves
@@ -51,7 +50,7 @@ def adapted(
 
     Raises:
       ValueError: at trace time, if the outputs are differentiated.
-      ValueError: at trace time, if "x" and "y" of the support set have different numbers of rows, or "y" has texts.
+      ValueError: at trace time, if "x" and "y" of the support set have different numbers of rows.
     """
     loop = adaptation.unrolling.loop
     steps = adaptation.test_steps if num_steps is None else operator.index(num_steps)
@@ -84,15 +83,9 @@ def adapted(
 
 
 def _check_support(support: Any) -> None:
-    """Raises ValueError if the labels of a support set are texts, or if their number is not the number of rows."""
+    """Raises ValueError if the number of labels of a support set is not the number of rows."""
     if not isinstance(support, Mapping) or not {"x", "y"} <= support.keys():
         return
-    leaves = [leaf for leaf in jax.tree.leaves(support["y"]) if not isinstance(leaf, jax.Array)]
-    if any(np.asarray(leaf).dtype.kind in "USO" for leaf in leaves):
-        raise ValueError(
-            'The labels "y" of a support set must be integers from 0; got texts. Number the classes '
-            "(`np.unique(y, return_inverse=True)[1]`)."
-        )
     x, y = (getattr(support[name], "shape", ()) for name in ("x", "y"))  # for a user's own loss, both may be trees
     if x and y and x[0] != y[0]:
         raise ValueError(f'"x" and "y" of a support set must have the same number of rows; got {x[0]} and {y[0]}.')

@@ -41,7 +41,7 @@ def conv4(
 ) -> ConvNet:
     """Makes a network of blocks: a 3 × 3 convolution, a normalization, ReLU and 2 × 2 max-pooling.
 
-        h ← pool(relu((h * w − μ) / √(σ² + ε) ∘ scale + shift))
+        x ← pool(relu((x * w − μ) / √(σ² + ε) ∘ scale + shift))
 
     μ and σ² are the mean and the variance over all positions, and over these examples and filters:
 

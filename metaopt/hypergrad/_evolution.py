@@ -11,6 +11,7 @@ pair, λ + σε and λ − σε, train from one key and differ only in λ.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, inner
+from metaopt import base
 from metaopt.hypergrad import _unroll
 
 
@@ -90,19 +91,10 @@ def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str
 
 def _window(problem, num_steps, outer):
     """`(state, hyperparams, task, outer_key) -> (Σ_t w_t f(θ_t, λ), state)`; all steps use one validation batch."""
-    loop, weights = problem.loop, _unroll.step_weights(outer, num_steps)
-
-    def window(state, hyperparams, task, outer_key):
-        def outer_loss(state):
-            batch = problem.outer_batch(outer_key, task)
-            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
-
-        def step(state, _):
-            return inner.step(loop, state, hyperparams, task.train)
-
-        return _unroll.weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat="none")
-
-    return window
+    weights = _unroll.step_weights(outer, num_steps)
+    return partial(
+        _unroll.weighted_training, problem, weights=weights, num_steps=num_steps, remat="none", grad=jax.grad
+    )
 
 
 def _particles(problem, window, sigma, num_pairs, renew):

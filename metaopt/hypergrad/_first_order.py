@@ -7,6 +7,7 @@ The envelope theorem then gives a gradient that needs only first derivatives:
     d/dλ min_y [f(y, λ) + μ (ℓ(y, λ) − min_z ℓ(z, λ))] = ∇λ f(y, λ) + μ (∇λ ℓ(y, λ) − ∇λ ℓ(z, λ)) = dF/dλ + O(1/μ).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,6 +48,40 @@ def _refuse_unanswered(
 ) -> None:
     entering = _refusals.entering(problem, state, hyperparams, task, "inner", "outer")
     _refusals.refuse_unanswered("A value-function rule", entering, _REASON)
+
+
+def _penalized_grad(
+    loss: Callable, *, problem: base.Problem, task: base.Task, key: jax.Array, mu: jax.Array | float, **options
+) -> Callable:
+    """Returns the gradient of ℓ + f/μ over θ: `jax.grad(loss, **options)` plus ∇θ f/μ, for `inner.step(grad=)`."""
+
+    def gradient(params, hyperparams, batch, context):
+        grads, model_state = jax.grad(loss, **options)(params, hyperparams, batch, context)
+        outer_grads = jax.grad(problem.outer_loss)(params, hyperparams, problem.outer_batch(key, task), context)
+        add = lambda inner, outer: inner + (outer / mu).astype(inner.dtype)
+        return jax.tree.map(add, grads, outer_grads), model_state
+
+    return gradient
+
+
+def _train(
+    problem: base.Problem,
+    num_steps: int,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    states: tuple[base.InnerState, base.InnerState],
+    key: jax.Array,
+    mu: jax.Array | float,
+) -> tuple[base.InnerState, base.InnerState]:
+    """Returns the states of z, trained on ℓ, and of y, trained on ℓ + f/μ. Step i draws f's batch from `key` and i."""
+
+    def step(i, states):
+        z, y = states
+        z = inner.step(problem.loop, z, hyperparams, task.train)
+        grad = functools.partial(_penalized_grad, problem=problem, task=task, key=jax.random.fold_in(key, i), mu=mu)
+        return z, inner.step(problem.loop, y, hyperparams, task.train, grad=grad)
+
+    return jax.lax.fori_loop(0, num_steps, step, states)
 
 
 def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable) -> base.Estimator:
@@ -91,29 +126,7 @@ def f2sa(problem: base.Problem, *, num_steps: int, multiplier: float | Callable)
     def estimate(hyperparams, task, state):
         outer_key, key = jax.random.split(state.key)
         mu = multiplier(state.count) if callable(multiplier) else multiplier
-
-        def penalized_grad(i):
-            """Replaces the gradient of ℓ with that of ℓ + f/μ."""
-
-            def grad(loss, **options):
-                def gradient(params, hyperparams, batch, context):
-                    grads, model_state = jax.grad(loss, **options)(params, hyperparams, batch, context)
-                    outer_batch = problem.outer_batch(jax.random.fold_in(outer_key, i), task)
-                    outer_grads = jax.grad(problem.outer_loss)(params, hyperparams, outer_batch, context)
-                    return jax.tree.map(
-                        lambda inner, outer: inner + (outer / mu).astype(inner.dtype), grads, outer_grads
-                    ), model_state
-
-                return gradient
-
-            return grad
-
-        def step(i, states):
-            z, y = states
-            z = inner.step(loop, z, hyperparams, task.train)
-            return z, inner.step(loop, y, hyperparams, task.train, grad=penalized_grad(i))
-
-        z, y = jax.lax.fori_loop(0, num_steps, step, (state.inner, state.penalized))
+        z, y = _train(problem, num_steps, hyperparams, task, (state.inner, state.penalized), outer_key, mu)
         outer_batch = problem.outer_batch(jax.random.fold_in(outer_key, num_steps), task)
 
         def outer_loss(hyperparams, state):

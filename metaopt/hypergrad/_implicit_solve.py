@@ -127,6 +127,6 @@ def implicit_solve(
         state = put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
         # Leaves outside x, such as statistics, have no implicit derivative. Adding `guard` makes their derivatives
         # raise the same errors.
-        return jax.tree.map(lambda leaf: leaf + guard.astype(leaf.dtype) if _trees.is_float(leaf) else leaf, state)
+        return jax.tree.map(lambda leaf: leaf + guard.astype(leaf.dtype) if _trees.is_inexact(leaf) else leaf, state)
 
     return solve

@@ -125,7 +125,7 @@ def _mixed_gradient(flat_loss: Callable, name: str) -> Callable:
         def pulled_back(params, w):
             def floats_of(params, floats):
                 value, aux = flat_loss(params, floats, fixed)
-                return value, [leaf for leaf in jax.tree.leaves(aux) if _trees.is_float(leaf)]
+                return value, [leaf for leaf in jax.tree.leaves(aux) if _trees.is_inexact(leaf)]
 
             (value, _), pullback = jax.vjp(floats_of, params, floats)
             return pullback((jnp.ones_like(value), w))

@@ -50,7 +50,7 @@ def unknowns(loop: base.InnerLoop, state: base.InnerState, condition: str) -> tu
         places = jax.tree.leaves(loop.iterate(structure.unflatten(range(len(leaves)))))
         x = loop.iterate(state)
     else:
-        places = [i for i, leaf in enumerate(leaves) if _trees.is_float(leaf)]
+        places = [i for i, leaf in enumerate(leaves) if _trees.is_inexact(leaf)]
         x = [leaves[place] for place in places]
 
     def put(x):

@@ -199,6 +199,31 @@ def weighted_scan(
     return (last * outer_loss(state) if losses is None else losses.sum()), state
 
 
+def weighted_training(
+    problem: base.Problem,
+    state: Any,
+    hyperparams: base.HyperParams,
+    task: base.Task,
+    outer_key: jax.Array,
+    *,
+    weights: tuple,
+    num_steps: int,
+    remat: str | int,
+    grad: Callable,
+) -> tuple[jax.Array, Any]:
+    """Σ_t w_t f(θ_t, λ) along T inner steps from `state`, and the last state; all steps use one validation batch."""
+    loop = problem.loop
+
+    def outer_loss(state):
+        batch = problem.outer_batch(outer_key, task)
+        return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+
+    def step(state, _):
+        return inner.step(loop, state, hyperparams, task.train, grad=grad)
+
+    return weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
+
+
 def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", grad: Callable = jax.grad) -> Callable:
     """Makes training a plain differentiable function, for `jit`, `vmap`, differentiation and any nesting.
 
@@ -297,22 +322,12 @@ def unrolled(
     """
     check_steps(num_steps, remat)
     weights = step_weights(outer, num_steps)
-    loop = problem.loop
+    train = partial(weighted_training, problem, weights=weights, num_steps=num_steps, remat=remat, grad=grad)
 
     def objective(hyperparams, key, task):
         train_key, outer_key = jax.random.split(key)
-
-        def outer_loss(state):
-            # Every step of one training run uses the same validation batch.
-            batch = problem.outer_batch(outer_key, task)
-            return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
-
-        def step(state, _):
-            return inner.step(loop, state, hyperparams, task.train, grad=grad)
-
-        state = loop.init(train_key, hyperparams, task.train)
-        scan = weighted_scan(step, outer_loss, state, None, weights=weights, num_steps=num_steps, remat=remat)
-        return scan[0]
+        state = problem.loop.init(train_key, hyperparams, task.train)
+        return train(state, hyperparams, task, outer_key)[0]
 
     def init(key, hyperparams, task):
         del hyperparams, task

@@ -74,7 +74,7 @@ def _model(init: Callable, call: Callable, *, adapter: str, allow_stopped_state:
         outputs, new_state = call(mode, context.key, params, state, inputs, options)
         if mode == (False, True, True):
             return outputs, state
-        if not allow_stopped_state and any(map(_trees.is_float, jax.tree.leaves(state))):
+        if not allow_stopped_state and any(map(_trees.is_inexact, jax.tree.leaves(state))):
             call_named = lambda args: call(mode, context.key, **args)[1]
             args = {"params": params, "state": state, "inputs": inputs, "options": options}
             _check_not_stopped(_stopped.stopped_paths(call_named, args), adapter)

@@ -58,7 +58,7 @@ def stopped_paths(function: Callable, args: dict[str, Any]) -> list[tuple[str, s
     arrays, static = _trees.split(args, _is_array)
     closed, shape = jax.make_jaxpr(lambda arrays: function(_trees.merge(arrays, static)), return_shape=True)(arrays)
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    sources = [frozenset([jax.tree_util.keystr(path)] if _trees.is_float(array) else ()) for path, array in leaves]
+    sources = [frozenset([jax.tree_util.keystr(path)] if _trees.is_inexact(array) else ()) for path, array in leaves]
     with_stops = _jaxpr.dependencies(closed.jaxpr, sources, functools.partial(_rule, cross_stops=False))
     without = _jaxpr.dependencies(closed.jaxpr, sources, functools.partial(_rule, cross_stops=True))
     outputs = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shape)]
@@ -83,6 +83,6 @@ def _rule(equation: Any, operands: list[frozenset], *, cross_stops: bool) -> lis
     else:
         outputs = _jaxpr.sources_through(equation, operands, functools.partial(_rule, cross_stops=cross_stops))
     return [
-        sources if _trees.is_float(v.aval) else frozenset()
+        sources if _trees.is_inexact(v.aval) else frozenset()
         for v, sources in zip(equation.outvars, outputs, strict=True)
     ]

@@ -8,6 +8,7 @@ from typing import overload
 
 import numpy as np
 
+from metaopt import _checks
 from metaopt.nas import _elastic
 from metaopt.nas._specs import Edge, ElasticNetwork, Genotype, Network, Space
 
@@ -161,8 +162,7 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
             "each node has no meaning."
         )
     rule = default_keep if keep == "space" else keep
-    if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
-        raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
+    _checks.check_integer("keep", rule, 1, optional=True)
     return None if rule is None else int(rule)
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metaopt import base, nas
+from metaopt import nas
 from metaopt.plots._axes import WITH_LEGEND, legend_at_right, line_style, new_axes, pyplot
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ def pareto(
       ValueError: if a set is not [n, 2].
       ImportError: if matplotlib is not installed.
     """
-    for name, values in points.items():
-        if isinstance(values, Sequence) and any(isinstance(value, base.Record) for value in values):
-            raise ValueError(
-                f"Every set of `points` must be [n, 2]; {name!r} has records. Pass two of their outcomes, as in "
-                '`[(r.outcomes["size"], r.outcomes["error"]) for r in records]`.'
-            )
     sets = {name: np.asarray(values, float) for name, values in points.items()}
     for name, values in sets.items():
         if values.ndim != 2 or values.shape[1] != 2:

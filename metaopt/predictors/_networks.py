@@ -2,7 +2,7 @@
 
 Both return unconstrained coordinates z of a space (`spaces.Unconstrained`), computed as one vector,
 
-    z = z₀ + A h + B tanh(C h + b),    h the task's features or its embedding,
+    z = z₀ + A t + B tanh(C t + b),    t the task's features or its embedding,
 
 with A and B zero at the start. So training begins with the same λ for all tasks, given by z₀.
 `spaces.to_constrained(space, z)` is λ.
@@ -16,7 +16,7 @@ derivative, and never increases as a feature moves away.
 
 With `spread`, they also return the standard deviation of every coordinate, and z is the center of a distribution of λ:
 
-    log s = c + D h,    with c = log spread and D = 0 at the start.
+    log s = c + D t,    with c = log spread and D = 0 at the start.
 """
 
 from typing import Any
@@ -154,9 +154,9 @@ def dataset_embedding(
 
         e(n, d) = relu(W₁ x_nd + b₁)                                  per entry
         s(c, d) = relu(W₂ [mean_{n: y_n = c} e(n, d), mean_n e(n, d), share of c] + b₂)
-        h = [mean_d Σ_c share(c) W₃ s(c, d), task.features]
+        t = [mean_d Σ_c share(c) W₃ s(c, d), task.features]
 
-    Permuting the used rows, the columns or the classes does not change h. Padding is ignored: masks state which rows
+    Permuting the used rows, the columns or the classes does not change t. Padding is ignored: masks state which rows
     and columns are real. It costs N·D·width multiplications.
 
     Args:

@@ -211,7 +211,7 @@ def fit(
                     ended, metrics = _processes.in_all(_report, callbacks, run.step, metrics), []
                 if run.step > 0 and (run.step % checkpoint_every == 0 or is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
-                signal_number, ended = _processes.agreed(received, ended)
+                signal_number, ended = _processes.agreed(received, ended)  # all processes must take equally many steps
                 stopped = _why_stop(run, num_steps, patience, ended=ended, moved=run.step > first_step)
                 if stopped or signal_number:
                     break
@@ -330,7 +330,10 @@ def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, rep
             if start.restore() is None:  # a run that continues may have written it before
                 _save(start, run, steps, report, eval_every)
     except (ValueError, OSError) as error:  # the folder is in use or holds another run, or the disk is full
-        _log.warning(f"`keep_nonfinite`: the state before the non-finite step could not be saved: {error}")
+        _log.warning(
+            f"`keep_nonfinite`: the state after {run.step} steps, from which a non-finite step can be repeated, could "
+            f"not be saved: {error}"
+        )
 
 
 def _is_nonfinite(metrics: dict[str, Any]) -> bool:

@@ -52,8 +52,7 @@ def log_to(target: Any, *, every: int = 1) -> Callable[[int, Mapping[str, Any]],
       number, such as dicts. Flatten them: `callback(step, {"loss": loss, **hyperparams})`.
 
     Raises:
-      TypeError: if `target` is neither a path that ends in ".jsonl" nor an object with such a method.
-      ValueError: if `every` is below 1.
+      ValueError: if `target` is a path that does not end in ".jsonl", or `every` is below 1.
       ValueError: at the first step, if the file exists and holds something else.
       OSError: if the file cannot be opened at the first step, or if its first line cannot be written. `fit` then writes
         a checkpoint and raises the error.
@@ -88,7 +87,7 @@ def _writer(target: Any) -> tuple[Callable[[int], Any], WriteFn]:
     """Two functions: one for the start of each step, and one that writes the metrics of a step to the target."""
     if isinstance(target, str | os.PathLike):
         if Path(target).suffix != ".jsonl":
-            raise TypeError(
+            raise ValueError(
                 f'The name of a log file must end in ".jsonl", which says its format; got {os.fspath(target)!r}. '
                 "To get a CSV file, convert it at the end: `pandas.read_json(path, lines=True).to_csv(...)`."
             )
@@ -96,13 +95,8 @@ def _writer(target: Any) -> tuple[Callable[[int], Any], WriteFn]:
         return lines.begin, lines.write
     if hasattr(target, "add_scalar"):
         return _nothing, lambda step, metrics: [target.add_scalar(name, value, step) for name, value in metrics.items()]
-    method = getattr(target, "log_metrics", None) or getattr(target, "log", None)
-    if method is not None:
-        return _nothing, lambda step, metrics: method(dict(metrics), step=step)
-    raise TypeError(
-        '`target` must be a path that ends in ".jsonl", or have the method `add_scalar`, `log_metrics` or `log`, '
-        f"but it is of type {type(target).__name__}."
-    )
+    method = getattr(target, "log_metrics", None) or target.log
+    return _nothing, lambda step, metrics: method(dict(metrics), step=step)
 
 
 def _nothing(step: int) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import _tuned_space, base
+from metaopt import _checks, _tuned_space, base
 from metaopt._progress import Report
 from metaopt.training import _learner, _processes, _program
 from metaopt.training._learner import LearnerState
@@ -27,7 +27,7 @@ class Steps:
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
         self.start = init_key, hyperparams
         self.init = jax.jit(learner.init)
-        self.learner_step, self.space = learner.step, space
+        self.learner_init, self.learner_step, self.space = learner.init, learner.step, space
         self.step = jax.jit(learner.step, donate_argnums=0 if donate else ())
         self.several = _several_steps(learner.step, self.sample_key, steps_per_call, donate)
         self.drawn: int | None = None  # the step for which `tasks` were drawn
@@ -52,9 +52,19 @@ class Steps:
         with report.during("drawing tasks"):
             args = (*self.start, self.draw(0))
         with report.compiling("the initial state"):
+            if _checks.has_unchecked_labels(self.tasks):
+                _processes.in_all(self._show_labels)
             _compile(self.init, args, [])
         state = owned(self.init(*args))
         return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
+
+    def _show_labels(self) -> None:
+        """Traces the initial state once with the arrays of the first tasks, so that an estimator can check labels.
+
+        The program itself has the tasks as arguments. Their values are not known while JAX traces it, and a compiled
+        program cannot raise.
+        """
+        jax.eval_shape(lambda *start: self.learner_init(*start, self.tasks), *self.start)
 
     def next_call(self, run: Run, num: int, report: Report) -> tuple[Callable, tuple, int]:
         """The program for the next `num` steps, its arguments, and the last step for which tasks were drawn."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks, base
 
 _log = logging.getLogger(__name__)
 
@@ -116,8 +116,11 @@ def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
 
 
 def likely_cause(tasks: base.PyTree) -> str:
-    """Returns a likely cause, found in the tasks, of an infinite or NaN outer loss or hypergradient."""
-    non_finite, integers = [], []
+    """Returns the likely causes, found in the tasks, of an infinite or NaN outer loss or hypergradient.
+
+    If labels "y" do not start at 0, they are named first.
+    """
+    non_finite, integers, is_shifted = [], [], False
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or not leaf.is_fully_addressable or not leaf.size:
             continue
@@ -126,10 +129,14 @@ def likely_cause(tasks: base.PyTree) -> str:
             non_finite.append(f"{num} of {x.size} entries of {name}")
         if jnp.issubdtype(x.dtype, jnp.integer) and x.ndim:
             integers.append(f"{name} has integers from {x.min()} to {x.max()}")
+            is_shifted |= jax.tree_util.keystr(path[-1:], simple=True) == "y" and x.min() != 0
     if non_finite:
         return f"The tasks have NaN or infinite values: {', '.join(non_finite[:3])}."
-    labels = f", or labels that are not among the classes 0..C-1 of the loss ({', '.join(integers[:3])})"
-    return (
-        "The likely cause is an inner loop that diverges, for example at a rate that is too large, which "
-        f"`hypergrad.diagnose` examines{labels if integers else ''}."
+    divergence = (
+        "an inner loop that diverges, for example at a rate that is too large, which `hypergrad.diagnose` examines"
     )
+    if not integers:
+        return f"The likely cause is {divergence}."
+    labels = f"labels that are not among the classes 0..C-1 of the loss ({', '.join(integers[:3])})"
+    first, second = (labels, divergence) if is_shifted else (divergence, labels)
+    return f"The likely cause is {first}, or {second}. {_checks.LABELS_ADVICE}"

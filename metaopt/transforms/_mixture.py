@@ -110,9 +110,9 @@ def _update_apart(member, idle, operands, extra_args):
     arguments = (closed.consts, jax.tree.leaves(operands))
     evaluate = lambda arguments: eval_jaxpr(closed.jaxpr, arguments[0], *arguments[1])
     # The compiler merges this evaluation with the one below.
-    outputs = filter(_trees.is_float, evaluate(jax.lax.stop_gradient(arguments)))
+    outputs = filter(_trees.is_inexact, evaluate(jax.lax.stop_gradient(arguments)))
     is_excluded = idle & ~jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in outputs]))
-    stop_if_excluded = lambda x: jnp.where(is_excluded, jax.lax.stop_gradient(x), x) if _trees.is_float(x) else x
+    stop_if_excluded = lambda x: jnp.where(is_excluded, jax.lax.stop_gradient(x), x) if _trees.is_inexact(x) else x
     return jax.tree.unflatten(jax.tree.structure(shapes), evaluate(jax.tree.map(stop_if_excluded, arguments)))
 
 

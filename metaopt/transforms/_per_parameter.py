@@ -139,7 +139,7 @@ def per_group(
         idle = set(names) - set(jax.tree.leaves(groups))
         if idle and jax.tree.leaves(params):
             raise ValueError(
-                f"No parameter has the values of {sorted(idle)}: their patterns match none, or only parameters that "
+                f"The groups {sorted(idle)} have no parameters: their patterns match none, or only parameters that "
                 "earlier patterns match. Change, reorder or remove them."
             )
         for name, value in hyperparams.items():

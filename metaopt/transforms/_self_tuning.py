@@ -329,7 +329,7 @@ def _promoted(new: optax.Updates, updates: optax.Updates, params: base.Params) -
     """Casts to the wider dtype of gradient and parameter: in bfloat16 a decay would be lost next to a larger step."""
 
     def cast(x, update, param):
-        return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _trees.is_float(update) else x
+        return x.astype(jnp.promote_types(update.dtype, param.dtype)) if _trees.is_inexact(update) else x
 
     return jax.tree.map(cast, new, updates, params)
 

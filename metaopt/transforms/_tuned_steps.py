@@ -155,7 +155,7 @@ def gradient(name: str, grad_fn: Callable, params: base.Params, updates: optax.U
     """The result of the caller's gradient function, for the leaves whose updates have a derivative."""
     grads = grad_fn(params)
     check_like(f"the result of `{name}`", grads, updates)
-    return jax.tree.map(lambda x, u: jnp.asarray(x) if _trees.is_float(u) else None, grads, updates)
+    return jax.tree.map(lambda x, u: jnp.asarray(x) if _trees.is_inexact(u) else None, grads, updates)
 
 
 _CHANGED_STRUCTURE = (
@@ -179,7 +179,7 @@ def check_like(
     """
 
     def fits(leaf, other):
-        if not _trees.is_float(other):
+        if not _trees.is_inexact(other):
             return True
         imaginary = real and jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
         return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not imaginary
@@ -193,7 +193,7 @@ def check_like(
 
 def cast_like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
     """Casts `new` to the precision of `old`, so that λ in float32 does not widen values in bfloat16."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype) if _trees.is_float(y) else x, new, old)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype) if _trees.is_inexact(y) else x, new, old)
 
 
 def norm(tree: base.PyTree) -> jax.Array:

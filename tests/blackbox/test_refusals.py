@@ -244,10 +244,6 @@ REFUSALS = [
     (lambda: train_on_datasets(t1=ROWS), r"all be dicts of rows; got \['dict of rows', 'table'\]"),
     (lambda: train_on_datasets(t1=IMAGES), r"all be images, .*; got \['images', 'table'\]"),
     (lambda: train_on_datasets(t1=(np.zeros(3), np.zeros(3))), "x of two or more axes.*'t1' has a tuple"),
-    (
-        lambda: train_on_datasets(t1=([["red", 1.0]] * 12, TABLE.y)),
-        "x must be numeric .*'red'.* Encode texts and dates with",
-    ),
     (lambda: train_on_datasets(t1=(TABLE.x, np.full(12, np.nan))), "y must be finite; 12 of 12"),
     (lambda: train_on_datasets(t1=(TABLE.x, TABLE.y[1:])), "meta-features need x .* y .rows."),
     (lambda: train_on_datasets(features={"t0": [0.0], "t1": [1.0]}), "Give either `features`"),

@@ -255,12 +255,9 @@ REFUSALS = [
         )
         for differentiate in (jax.grad, jax.jacfwd)
     ),
-    *(
-        (lambda y=y: adapted_to(y), message)
-        for y, message in [
-            (np.array(["oak", "elm"] * 2), 'labels "y" of a support set must be integers from 0; got texts'),
-            (np.array([0, 1]), '"x" and "y" of a support set must have the same number of rows; got 4 and 2'),
-        ]
+    (
+        lambda: adapted_to(np.array([0, 1])),
+        '"x" and "y" of a support set must have the same number of rows; got 4 and 2',
     ),
     # λ and data.
     (meta_params_for_lambda, r"`a.hyperparams\(meta_params\)`.*got a dict of \['hidden', 'out'\]"),

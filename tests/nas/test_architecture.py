@@ -291,7 +291,10 @@ def test_a_run_without_a_finite_step_has_no_result():
         return training.fit(learner, lambda key: task, **options)
 
     assert search.selected_alpha(fitted(TASK))["cell"].shape == (1, 3)
-    # Below 0, too, where another class would be trained.
-    wrong = {**TASK.train, "y": TASK.train["y"] - 1}
+    unknown = {**TASK.train, "x": TASK.train["x"] * jnp.nan}
     with pytest.raises(ValueError, match="None of the run's 2 steps had a finite loss and a finite hyper"):
-        search.selected_alpha(fitted(base.Task(wrong, wrong)))
+        search.selected_alpha(fitted(base.Task(unknown, unknown)))
+    # `fit` checks labels also where it compiles nothing. Below 0, another class would be trained.
+    wrong = {**TASK.valid, "y": TASK.valid["y"] - 1}
+    with pytest.raises(ValueError, match=r"`task\.valid\['y'\]` .* got labels from -1 to 0"):
+        fitted(TASK._replace(valid=wrong))

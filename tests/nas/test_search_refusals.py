@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from small_search import NET, ONE, OPS, TASK, search_of
 
-from metaopt import base, hypergrad, nas, predictors, spaces
+from metaopt import base, hypergrad, nas, predictors, spaces, training
 from metaopt.nas.search import _cell_encoder, _score_prior, _score_weights
 from metaopt.nas.search._cell_searcher import cell_searcher
 
@@ -38,6 +39,13 @@ BATCH = {"x": np.random.default_rng(0).normal(size=(6, 3)), "y": np.array([0, 1,
 def shifted(rows, shift):
     """Rows whose labels are no classes."""
     return {**rows, "y": rows["y"] + shift}
+
+
+def searched(search, train=TASK.train, valid=TASK.valid, **options):
+    learner, alpha = training.learner(search.estimator, optax.sgd(0.1)), jax.eval_shape(search.hyperparams, KEY)
+    alpha = jax.tree.map(lambda x: np.zeros(x.shape), alpha)
+    options = {"hyperparams": alpha, "num_steps": 1, "key": KEY, **options}
+    training.fit(learner, lambda key: base.Task(train, valid), **options)
 
 
 def estimate_of_tuples():
@@ -125,23 +133,26 @@ SEARCHES = [
     # Labels that are no classes, where they are known.
     *(
         (
-            lambda train=train, valid=valid, make=make: make().estimator.init(
-                KEY, ALPHA_OF_ONE, base.Task(train, valid)
-            ),
-            r"of a network with 2 outputs must be in 0\.\.1",
+            lambda part=part, shift=shift, make=make: searched(make(), **{part: shifted(TASK.train, shift)}),
+            rf"labels `task\.{part}\['y'\]` .* 2 outputs .* in 0\.\.1; got labels from {shift} to {1 + shift}",
         )
         for shift in (1, -1)
-        for train, valid in [(shifted(TASK.train, shift), TASK.valid), (TASK.train, shifted(TASK.train, shift))]
+        for part in ("train", "valid")
         for make in (
             lambda: search_of(nas.darts, network=ONE),
+            lambda: search_of(nas.robust_darts, network=ONE, every=1),
             # A rule whose own `init` does not draw θ_0.
             lambda: nas.architecture_search(
                 ONE, (3,), lambda problem: hypergrad.unrolled(problem, num_steps=1), ops=OPS
             ),
         )
     ),
+    (
+        lambda: searched(search_of(nas.darts, network=ONE), shifted(TASK.train, 1), num_steps=2, steps_per_call=2),
+        r"outside.*: subtract the smallest label, or use `np\.unique\(labels, return_inverse=True\)",
+    ),
     *(
-        (lambda shift=shift, call=call: call(shifted(TASK.train, shift)), "Number the classes from 0")
+        (lambda shift=shift, call=call: call(shifted(TASK.train, shift)), "subtract the smallest label")
         for shift in (1, -1)
         for call in (
             lambda rows: nas.single_path_one_shot(ONE, (3,), ops=OPS, num_steps=1).train(KEY, rows),
@@ -152,7 +163,10 @@ SEARCHES = [
         )
     ),
     *(
-        (lambda convert=convert: trained_on_shifted_labels(convert), r"must be in 0\.\.2; got labels from 1 to 3")
+        (
+            lambda convert=convert: trained_on_shifted_labels(convert),
+            r"labels `data\['y'\]` .*must be in 0\.\.2; got labels from 1 to 3",
+        )
         for convert in (jnp.asarray, np.asarray)
     ),
     (estimate_of_tuples, 'must be a dict with the inputs as "x".*got tuple'),

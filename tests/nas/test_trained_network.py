@@ -157,8 +157,10 @@ def test_inputs_in_other_units_warn(tmp_path):
         for pixels in (255 * rows["x"][:8], (-255 * rows["x"][:8]).astype(int)):
             data = {"x": pixels, "y": np.zeros(len(pixels), int)}
             for use, argument in ((network.outputs, pixels), (network.predict, pixels), (network.accuracy, data)):
-                with pytest.warns(UserWarning, match="an entry of size .*, and the training rows had none above"):
+                message = "an entry of size .*, and the training rows had none above"
+                with pytest.warns(UserWarning, match=message) as record:
                     use(argument)
+                assert [warning.filename for warning in record] == [__file__]
 
 
 def rewritten(path, **changes):
@@ -203,7 +205,7 @@ def test_files_that_do_not_fit_are_rejected(tmp_path):
 
 def with_outputs(outputs):
     """A network that is only its outputs."""
-    return nas.TrainedNetwork(SUPERNET, None, None, [], 1.0, lambda x: np.asarray(outputs(np.asarray(x))))
+    return nas.TrainedNetwork(SUPERNET, None, None, [], 16.0, lambda x: np.asarray(outputs(np.asarray(x))))
 
 
 def test_accuracy_is_of_real_rows_among_real_classes():

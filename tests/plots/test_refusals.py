@@ -25,11 +25,6 @@ trace, diagram = plots.hyperparameter_trace, plots.critical_difference
 REFUSALS = [
     (lambda: trace({"a": np.ones(2), "b": np.ones(3)}), ValueError, "leading axis; got"),
     (lambda: trace({"a": 1.0}), ValueError, "leading axis; got"),
-    (
-        lambda: plots.pareto({"a": [base.Record("t", {}, 1.0)]}),
-        ValueError,
-        r"'a' has records\. Pass two of their outcomes",
-    ),
     (lambda: plots.pareto({"a": np.ones((2, 3))}), ValueError, r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
     (
         lambda: plots.regret({"a": [base.Record("s", {}, 1.0)], "b": [base.Record("t", {}, 1.0)]}),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import script
 from experiments.rl import actor_critic, environments, scores, searches
 from experiments.rl.actor_critic import FAMILIES, OTHER_START, REFERENCE, SPACE, START, Sizes
 from metaopt import hypergrad, inner, spaces
@@ -182,7 +183,7 @@ def test_only_hyperparameters_with_an_outer_rate_are_tuned():
     estimator = hypergrad.truncated(problem, num_steps=8, truncation_length=1)
     tune = searches.tuned(estimator, 8, num)
     keys, z = searches.run_keys([0, 1]), searches.coordinates([{**START, "rate": 0.01}] * num)
-    tasks = searches.repeated(actor_critic.make_task(family), num)
+    tasks = script.repeated(actor_critic.make_task(family), num)
     _, paths = tune(keys, z, searches.outer_rates([0.1] * num, ("rate", "value")), tasks)
     for name, path in paths.items():
         moves = np.abs(np.diff(path, axis=1)).max(1)

@@ -366,11 +366,35 @@ NON_FINITE = {
         lambda **kwargs: fit_classifier([0, 1, 3, 2], **kwargs),
         r"labels that are not among the classes 0..C-1 of the loss \(`tasks\['y'\]` has integers from 0 to 3\)",
     ),
+    "labels that do not start at 0": (
+        lambda **kwargs: fit_classifier([1, 2, 3, 2], **kwargs),
+        r"likely cause is labels .*from 1 to 3\), or an inner loop that diverges, .*: subtract the smallest label",
+    ),
     "an inner loop that diverges": (
         lambda **kwargs: fit(training.learner(divergent(), optax.sgd(0.1)), **kwargs),
         "inner loop that diverges, .*, which `hypergrad.diagnose` examines.$",
     ),
 }
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_init_sees_the_labels_of_the_first_task_once_in_each_run(steps_per_call):
+    """Labels with "class_mask" are checked without `init`."""
+    seen = []
+
+    def init(key, hyperparams, task):
+        seen.append(not isinstance(task["y"], jax.core.Tracer))
+        return jnp.zeros(())
+
+    def estimate(hyperparams, task, state):
+        return base.Estimate(hyperparams**2, 2 * hyperparams, jnp.array(True), {}), state
+
+    learner = training.learner(base.Estimator(init, estimate, kind="exact"), optax.sgd(0.1))
+    labels = {"y": np.array([1, 2])}
+    for task, num_seen in ((labels, 1), (labels, 1), ({**labels, "class_mask": np.ones(3)}, 0), ({"y": np.ones(2)}, 0)):
+        seen.clear()
+        fit(learner, lambda key, task=task: task, num_steps=4, steps_per_call=steps_per_call)
+        assert sum(seen) == num_seen
 
 
 def divergent():

@@ -202,9 +202,3 @@ def test_weights_and_biases_has_the_metrics_of_a_run_without_network(tmp_path):
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     steps = re.findall(rb"_step\x82\x01\x01(\d)", file.read_bytes())  # number of the field and length of the value
     assert {int(step) for step in steps} == set(range(1, 10)) and file.read_bytes().count(b"hypergrad_norm") >= 9
-
-
-@pytest.mark.parametrize("target, message", [("run.csv", r'must end in "\.jsonl"'), (3, "of type int")])
-def test_other_targets_are_rejected(target, message):
-    with pytest.raises(TypeError, match=message):
-        training.log_to(target)

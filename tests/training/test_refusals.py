@@ -109,6 +109,7 @@ REFUSALS = [
     (lambda: fit(keep_nonfinite=-1, checkpoint_dir="never made"), "`keep_nonfinite` must be at least 0; got -1"),
     (lambda: fit(keep_nonfinite=1), "`keep_best` and `keep_nonfinite` are .* pass `checkpoint_dir` too"),
     (lambda: training.log_to("run.jsonl", every=0), "`every` must be at least 1; got 0"),
+    (lambda: training.log_to("run.csv"), r'must end in "\.jsonl"'),
     *(
         (lambda value=value: fit(eval_every=value), f"`eval_every` must be a whole number of at least 1; got {value}")
         for value in (0, -1, 2.5)

@@ -82,7 +82,7 @@ REFUSED = [
     ),
     (
         lambda: transforms.per_group(optax.sgd, patterns={"all": "", "late": "head"})(0.1).init(PARAMS),
-        r"No parameter has the values of \['late'\]",
+        r"The groups \['late'\] have no parameters: their patterns match none",
     ),
     (
         lambda: transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})(learning_rate={"a": 0.1}).init(

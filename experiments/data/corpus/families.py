@@ -26,6 +26,11 @@ def stem(name: str) -> str:
     return re.sub(r"[^a-z]", "", name.lower())
 
 
+def is_in_share(name: str, share: float) -> bool:
+    """Whether a name is in a random but fixed share of all names. The hash of the name decides."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000 < 10_000 * share
+
+
 class Excluded(NamedTuple):
     """Tables that no corpus may hold, and tables like them.
 

@@ -1,6 +1,5 @@
-"""The images, a classifier that does not learn, and the scaling of features by a context vector."""
+"""The images, and a classifier that does not learn."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -40,13 +39,3 @@ def pixels(key, support, query):
         flat(support["x"]) * support["mask"][:, None]
     )
     return (flat(query["x"]) @ (center / jnp.linalg.norm(center, axis=1, keepdims=True)).T)[None]
-
-
-def modulated(features: Callable) -> Callable:
-    """Multiplies features by 1 + A φ, and adds B φ, with a context vector φ. This is CAVIA's FiLM."""
-
-    def of_context(params, batch):
-        scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
-        return features(params, batch) * (1 + scale[None]) + shift[None]
-
-    return of_context

@@ -10,7 +10,7 @@ import numpy as np
 
 import metaopt
 from experiments import script
-from experiments.few_shot import omniglot
+from experiments.few_shot import film, omniglot
 from experiments.few_shot.omniglot.evaluation import SEED, judge, judge_over_steps
 from experiments.few_shot.omniglot.images import load, pixels
 from experiments.few_shot.omniglot.methods import ROWS, SETTINGS, SMALL, SMOKE, Scale
@@ -55,7 +55,7 @@ def parse() -> tuple[argparse.Namespace, Scale]:
         "--work", type=Path, default=Path("omniglot_runs"), help="trainings are kept here, by their code"
     )
     options = parser.parse_args()
-    options.work = script.work_folder(options.work, Path(__file__).parent)
+    options.work = script.work_folder(options.work, Path(__file__).parent, film.__file__)
     options.own_head = options.head_ways or ([5] if options.small else options.ways)  # one core has no time for more
     options.own_shots = sorted(options.shots or ([1] if options.small else [1, 5]))
     options.ways = sorted({*options.ways, *options.own_head})

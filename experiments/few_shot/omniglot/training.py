@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.few_shot.omniglot.images import modulated
+from experiments.few_shot.film import modulated
 from experiments.few_shot.omniglot.methods import ROWS, Row, Scale
 from metaopt import few_shot, hypergrad, inner, tasks, training
 

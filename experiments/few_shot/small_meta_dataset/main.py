@@ -8,7 +8,7 @@ import jax
 
 import metaopt
 from experiments import script
-from experiments.few_shot import small_meta_dataset
+from experiments.few_shot import film, small_meta_dataset
 from experiments.few_shot.small_meta_dataset.methods import ROWS, SMOKE, Settings
 from experiments.few_shot.small_meta_dataset.report import circumstances, draw, joined, report
 from experiments.few_shot.small_meta_dataset.sources import Data, load_data, splits, test_samplers
@@ -46,7 +46,7 @@ def main() -> None:
         help="what has ended is kept here, by what code it was made with",
     )
     options = parser.parse_args()
-    options.work = script.work_folder(options.work, Path(__file__).parent)
+    options.work = script.work_folder(options.work, Path(__file__).parent, film.__file__)
     settings, seeds = (SMOKE, 1) if options.smoke else (Settings(), options.seeds)
     if options.smoke:
         options.methods = ["prototypical networks"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.few_shot.film import modulated
 from metaopt import few_shot, hypergrad, inner
 
 LEFT_OUT = ("quickdraw8", "signdigits", "spoken_digits", "fashion_mnist", "mnist")
@@ -104,16 +105,6 @@ def beside_the_image(network: few_shot.ConvNet) -> few_shot.ConvNet:
         return jnp.concatenate([gain[0] * learned / learned.shape[1] ** 0.5, gain[1] * image], axis=1)
 
     return few_shot.ConvNet(init, features)
-
-
-def modulated(features: Callable) -> Callable:
-    """Multiplies features by 1 + A φ, and adds B φ, with a context vector φ."""
-
-    def of_context(params, batch):
-        scale, shift = jnp.einsum("k,ikd->id", params["context"], params["modulation"])
-        return features(params, batch) * (1 + scale[None]) + shift[None]
-
-    return of_context
 
 
 def cavia_with_prototypes(features: Callable) -> few_shot.Adaptation:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
+from experiments.few_shot.film import modulated
 from experiments.few_shot.small_meta_dataset.methods import (
     CHECKED,
     MOST_WAYS,
@@ -20,7 +21,6 @@ from experiments.few_shot.small_meta_dataset.methods import (
     Row,
     Settings,
     beside_the_image,
-    modulated,
     pixels,
 )
 from experiments.few_shot.small_meta_dataset.sources import Data

@@ -12,7 +12,7 @@ The script compares this with the usual alternatives: defaults, random search an
 forests and gradient boosting. Every choice is made on validation rows. The test rows of a table are read once, for the
 table of results.
 
-    python experiments/hyperparameters/auto_tune                   one fold, two seeds, packaged tables (minutes)
+    python experiments/hyperparameters/auto_tune                   one fold, one seed, packaged tables (minutes)
     python experiments/hyperparameters/auto_tune --smoke           a few tables and steps (for the tests)
     python experiments/hyperparameters/auto_tune --full            all folds and seeds
     python experiments/hyperparameters/auto_tune --csv FOLDER --target COLUMN      your own tables

@@ -50,7 +50,7 @@ class Config:
 
 
 PRESETS = {
-    "default": Config(max_rows=2000, max_buckets=2, global_steps=50, meta_steps=50),
+    "default": Config(num_seeds=1, max_rows=2000, max_buckets=2, global_steps=50, meta_steps=50),
     "smoke": Config(
         num_steps=12,
         num_members=2,

@@ -121,16 +121,11 @@ def main(argv=None) -> list[dict]:
 
 def compile_programs(trials: Trials, tuning: dict[int, FineTuning], learning: Learning) -> float:
     """Compiles the programs of trials and of fine-tuning. Returns the seconds for those of trials."""
-    defaults = repeated(learning.default, len(trials.units))
+    defaults = script.repeated(learning.default, len(trials.units))
     seconds = trials.compile(defaults)
     for tune in tuning.values():
         tune.compile(defaults)
     return seconds
-
-
-def repeated(hyperparams, num: int):
-    """Returns λ with a leading axis of `num` equal entries."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), hyperparams)
 
 
 def compare(
@@ -156,7 +151,7 @@ def compare(
     one_for_all = stacked([learned.one_for_all[fold] for fold in collection.fold[trials.units]])
     scores, costs = {}, {}
     for label, hyperparams, extra in (
-        ("defaults", repeated(learning.default, num), 0.0),
+        ("defaults", script.repeated(learning.default, num), 0.0),
         ("one global λ", one_for_all, 0.0),
         (REFERENCE, predicted, log.seconds["metafeatures"]),
     ):

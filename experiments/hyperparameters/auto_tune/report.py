@@ -166,7 +166,7 @@ def finish(parts: list[dict], out: Path) -> list[dict]:
     markdown = to_markdown(
         rows,
         f"auto_tune, {preset}: {len(names)} held-out tables of {len(set(families))} families, "
-        f"{details['num_seeds']} seeds each",
+        f"{details['num_seeds']} {'seed' if details['num_seeds'] == 1 else 'seeds'} each",
         reference,
     )
     merged = "; then `--merge` of their results" if "; " in details["command"] else ""

@@ -12,6 +12,7 @@ from experiments.data import regression_tables
 from experiments.data.corpus.families import (
     exclude,
     excluded_families,
+    is_in_share,
     join_frames,
     reserved,
     stem,
@@ -169,14 +170,9 @@ def part(pool: Pool, chosen: np.ndarray) -> Pool:
     return Pool(*(a[chosen] for a in pool))
 
 
-def is_development(family: str) -> bool:
-    """Whether a family of the corpus is for development, by a hash of its name."""
-    return int(hashlib.sha256(family.encode()).hexdigest(), 16) % 10_000 < 10_000 * DEVELOPMENT_SHARE
-
-
 def divided(pool: Pool) -> tuple[Pool, Pool]:
     """Returns the tables to learn from, and one table of each development family."""
-    kept = np.array([is_development(name) for name in pool.family])
+    kept = np.array([is_in_share(name, DEVELOPMENT_SHARE) for name in pool.family])
     first = np.zeros(len(kept), bool)
     first[np.unique(pool.family, return_index=True)[1]] = True
     return part(pool, ~kept), part(pool, kept & first)

@@ -1,13 +1,12 @@
 """The division of the families: for judging, for development, and for learning."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.data import from_data_folder
 from experiments.data.corpus import Excluded, reserved
-from experiments.data.corpus.families import exclude, table_keys
+from experiments.data.corpus.families import exclude, is_in_share, table_keys
 from metaopt import tasks
 
 FILE = Path(__file__).with_name("families.json")
@@ -31,7 +30,7 @@ def excluded_tables(own: Sequence[tasks.Table] | None = None) -> Excluded:
 
 def is_development(family: str) -> bool:
     """Whether a family of the corpus is for development: 15 % of them, by a hash of the name."""
-    return int(hashlib.sha256(family.encode()).hexdigest(), 16) % 10_000 < 10_000 * DEVELOPMENT_SHARE
+    return is_in_share(family, DEVELOPMENT_SHARE)
 
 
 def draw_judging(folds: Sequence[int], fold_of_family: dict[str, int]) -> list[str]:

@@ -89,7 +89,7 @@ def single_path_one_shot(
     reported = reporting(evaluate, "the score")
 
     def score(params, genotype, batch):
-        check_classes(loss, network, batch)
+        check_classes(loss, network, "batch", batch)
         return reported(params, _genotypes.one_hot(network, genotype), batch)
 
     return OneShot(train, score, supernet, loop, alpha, {})

@@ -161,7 +161,7 @@ def _check_edges(network: _specs.Network, drop_path: float) -> None:
 def _init(recipe: _Recipe, key, hyperparams, data):
     supernet = recipe.supernet
     num_outputs = supernet.network.num_outputs
-    check_classes(recipe.loss, supernet.network, data)
+    check_classes(recipe.loss, supernet.network, "data", data)
     params = {"network": supernet.init(key)}
     if recipe.head_layer is not None:
         x = jax.ShapeDtypeStruct((2, *supernet.in_shape), jnp.zeros(0).dtype)

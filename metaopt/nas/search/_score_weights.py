@@ -20,7 +20,8 @@ import numpy as np
 _SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 _ENCODER = (0.0, 0.5, 1.0)
 _FEATURES = (0.0, 0.5, 1.0, 2.0)
-# 1/_TOP of the architectures, those with the largest expected scores, judge a choice: the result of one is noisy.
+# A choice is judged by the mean result of the 1/_TOP of architectures with the largest expected scores, because a
+# single result is noisy.
 _TOP = 100
 
 

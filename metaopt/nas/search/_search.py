@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _batches, base, inner, training
+from metaopt import _batches, _checks, base, inner, training
 from metaopt.nas import _derivation, _ops, _relaxations, _specs, _supernet
 from metaopt.nas.search._settings import of_network, plain, with_settings
 
@@ -130,8 +130,9 @@ def architecture_search(
     Raises:
       ValueError: if the spec and the shapes do not fit, or if `single_path` is set and the relaxation gives weight to
         several ops. Also if `keep` is given for NAS-Bench-101's space. `weights` and `genotype` raise it if α has other
-        kinds of cells or other shapes. The estimator's `init` raises it if `loss` is the default and untraced labels of
-        the task are not classes. (With such labels, a traced loss is NaN instead: see `Search.selected_alpha`.)
+        kinds of cells or other shapes. `training.fit` and the estimator's `init` raise it if `loss` is the default and
+        untraced labels of the task are not classes. (Labels of a batch of tasks are traced. If they are not classes,
+        the loss is NaN: see `Search.selected_alpha`.)
 
     >>> import jax
     >>> from metaopt import nas
@@ -194,11 +195,17 @@ def architecture_search(
     )
 
 
-def check_classes(loss: Callable, network: _specs.Space, *parts: Any) -> None:
-    """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ."""
+def check_classes(loss: Callable, network: _specs.Space, name: str, rows: Any) -> None:
+    """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ.
+
+    Args:
+      loss: the loss of the search.
+      network: the network that is searched.
+      name: the name of `rows` in the error message, such as "task.train".
+      rows: a dict with "y"; other values pass.
+    """
     if loss is inner.cross_entropy:
-        for part in parts:
-            _batches.check_labels(part, network.num_outputs)
+        _batches.check_labels(rows, network.num_outputs, name=f"`{name}['y']`")
 
 
 def training_loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -209,7 +216,7 @@ def training_loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_i
         return loss(outputs, batch) + decay / 2 * optax.tree.norm(params, squared=True)
 
     def init(key, hyperparams, data):
-        check_classes(loss, supernet.network, data)
+        check_classes(loss, supernet.network, "data", data)
         return hyperparams["init"] if learn_init else supernet.init(key), None
 
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
@@ -242,13 +249,14 @@ def _start(supernet, edge_weights, learn_init, key):
 
 
 def _checks_labels(estimator, loss, network) -> base.Estimator:
-    """Returns the estimator, whose `init` rejects labels that are not classes."""
+    """Returns the estimator, whose `init` rejects labels that are not classes. `fit` lets it see their values once."""
     if not isinstance(estimator, base.Estimator):  # it is rejected where it is used
         return estimator
 
     def init(key, hyperparams, task):
         if isinstance(task, base.Task):
-            check_classes(loss, network, task.train, task.valid)
+            pass
+            check_classes(loss, network, "task.valid", task.valid)
         return estimator.init(key, hyperparams, task)
 
     return estimator._replace(init=init)
@@ -290,7 +298,7 @@ def _last_alpha(result: training.FitResult) -> base.HyperParams:
     if num and not (np.isfinite(result.history["value"]) & (np.asarray(result.history["skipped"]) == 0)).any():
         raise ValueError(
             f"None of the run's {num} steps had a finite loss and a finite hypergradient, so α was not trained and has "
-            "no meaningful genotype. Losses (`result.history`) are NaN if labels are outside 0..number of outputs - 1, "
-            "if data are NaN (`tasks.stack` rejects them), or if the weights diverge (use a smaller rate)."
+            "no meaningful genotype. Losses (`result.history`) are NaN if labels are not classes, if data are NaN "
+            f"(`tasks.stack` rejects them), or if the weights diverge (use a smaller rate). {_checks.LABELS_ADVICE}"
         )
     return result.hyperparams

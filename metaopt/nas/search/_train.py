@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base, training
+from metaopt import _checks, base, training
 
 _MAX_NON_FINITE = 10  # consecutive steps after which a training stops, as in `training.fit`
 
@@ -61,9 +61,6 @@ def train_loop(
         another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
-    # `fit` traces the data, and the values of traced labels cannot be checked. So let `init` see the arrays once.
-    arrays = jax.tree.map(jnp.asarray, (hyperparams, data))
-    jax.eval_shape(lambda key: loop.init(key, *arrays), init_key)
     num_non_finite, ended = 0, False
 
     def watch(step, metrics):
@@ -93,12 +90,14 @@ def train_loop(
 
 def _no_finite_losses(num_steps: int, data: base.Data) -> str:
     """The message of the exception for losses that are not finite."""
-    y, label_range = np.asarray(data.get("y", 0.0) if isinstance(data, Mapping) else 0.0), ""
+    y, label_range, advice = np.asarray(data.get("y", 0.0) if isinstance(data, Mapping) else 0.0), "", ""
     if y.dtype.kind in "iu":
         label_range = f' ("y" has integers from {y.min()} to {y.max()})'
+        advice = f" {_checks.LABELS_ADVICE}"
     return (
         f"The last {_MAX_NON_FINITE} training losses, up to step {num_steps}, were not finite. Likely causes: labels "
         f"that are not among the classes 0..C-1 of the loss{label_range}, NaN in the data, or a rate that is too large."
+        f"{advice}"
     )
 
 

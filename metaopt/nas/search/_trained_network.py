@@ -38,9 +38,10 @@ class TrainedNetwork(NamedTuple):
       weights: mixing weights of a supernet, kind -> [edges, ops]; None for a discrete network.
       statistics: mean and variance of every normalization, over training rows.
       largest: max |x| of these training rows.
-      outputs: `(x) -> [N, num_outputs]`, such as logits, for x [N, *in_shape] with any N, on the host. `outputs`,
-        `predict` and `accuracy` warn if x has entries 8 times larger than those of the training rows, such as pixels
-        from 0 to 255 after a training with pixels from 0 to 1.
+      apply: `(x) -> [N, num_outputs]`, the function of `outputs`. It does not compare x with `largest`.
+
+    `outputs`, `predict` and `accuracy` warn if x has entries 8 times larger than those of the training rows, such as
+    pixels from 0 to 255 after a training with pixels from 0 to 1.
     """
 
     supernet: _supernet.Supernet
@@ -48,7 +49,22 @@ class TrainedNetwork(NamedTuple):
     weights: Mapping[str, Any] | None
     statistics: list[Any]
     largest: float
-    outputs: Callable[[Any], np.ndarray]
+    apply: Callable[[Any], np.ndarray]
+
+    def outputs(self, x: Any) -> np.ndarray:
+        """Computes the outputs of each row, such as logits, on the host.
+
+        Args:
+          x: [N, *in_shape], with any N.
+
+        Returns:
+          [N, num_outputs]; [N, positions..., num_outputs] for a network without pooling.
+
+        Raises:
+          ValueError: if x has another shape.
+        """
+        _warn_of_units(x, self.largest, stacklevel=3)
+        return self.apply(x)
 
     def predict(self, x: Any) -> np.ndarray:
         """Predicts the class of each row: the index of the largest output.
@@ -62,7 +78,8 @@ class TrainedNetwork(NamedTuple):
         Raises:
           ValueError: if x has another shape, or an output is NaN.
         """
-        outputs = self.outputs(x)
+        _warn_of_units(x, self.largest, stacklevel=3)
+        outputs = self.apply(x)
         wrong = np.isnan(outputs).any(-1)
         if wrong.any():
             raise ValueError(
@@ -97,7 +114,8 @@ class TrainedNetwork(NamedTuple):
             )
         if not len(rows):
             raise ValueError('"mask" and "num_rows" leave no real row.')
-        outputs = self.outputs(x[rows])
+        _warn_of_units(x[rows], self.largest, stacklevel=3)
+        outputs = self.apply(x[rows])
         is_real = np.isin(np.arange(len(x)), rows)
         _batches.check_labels({**data, "mask": is_real}, outputs.shape[-1], (len(x), *outputs.shape[1:-1]))
         if data.get("class_mask") is not None:
@@ -218,15 +236,8 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
     apply = lambda state, x: supernet.apply(state[0], state[1], x, statistics=state[2])
     run = jax.jit(inner.im2col(apply, only_on_cpu=True))
 
-    def outputs(x):
+    def apply_to_rows(x):
         x, parts = np.asarray(x), []
-        size_of_x = float(np.abs(np.asarray(x, np.float32)).max(initial=0))
-        if size_of_x > _OTHER_UNITS * largest:
-            warnings.warn(
-                f"`x` has an entry of size {size_of_x:g}, and the training rows had none above {largest:g}. Scale `x` "
-                "like the training rows; otherwise the predictions are wrong.",
-                stacklevel=2,
-            )
         for start in range(0, max(len(x), 1), _BATCH):
             part = x[start : start + _BATCH]
             # Rounds up to a power of two, because every new size is compiled.
@@ -235,7 +246,18 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
             parts.append(np.asarray(run((params, weights, statistics), padded))[: len(part)])
         return np.concatenate(parts)
 
-    return TrainedNetwork(supernet, params, weights, statistics, largest, outputs)
+    return TrainedNetwork(supernet, params, weights, statistics, largest, apply_to_rows)
+
+
+def _warn_of_units(x: Any, largest: float, *, stacklevel: int) -> None:
+    """Warns if x is much larger than the training rows. With `stacklevel=3`, the warning names the caller's caller."""
+    size_of_x = float(np.abs(np.asarray(x, np.float32)).max(initial=0))
+    if size_of_x > _OTHER_UNITS * largest:
+        warnings.warn(
+            f"`x` has an entry of size {size_of_x:g}, and the training rows had none above {largest:g}. Scale `x` "
+            "like the training rows; otherwise the predictions are wrong.",
+            stacklevel=stacklevel,
+        )
 
 
 def _real_rows(data: Mapping[str, Any]) -> np.ndarray:
@@ -251,7 +273,7 @@ def _check_independent(network: TrainedNetwork, x: np.ndarray) -> None:
     """Raises ValueError if the outputs of the even rows change when the odd rows are set to zero."""
     others = np.arange(len(x)) % 2 == 1
     blank = np.where(others.reshape(-1, *[1] * (x.ndim - 1)), np.zeros_like(x), x)
-    before, after = (network.outputs(rows)[~others] for rows in (x, blank))
+    before, after = (network.apply(rows)[~others] for rows in (x, blank))
     if not np.allclose(before, after, rtol=1e-3, atol=1e-3 * np.nanmax(abs(before), initial=0), equal_nan=True):
         raise ValueError(
             "The outputs of a row still depend on the other rows of the batch, because one of your own ops computes "
