@@ -55,6 +55,7 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
     if optional and value is None:
         return
     try:
+        value = np.asarray(value) if isinstance(value, jax.Array) else value  # within jit, a comparison is traced
         is_valid = value >= 0 if zero else value > 0
     except TypeError:  # not a number
         is_valid = False
@@ -277,6 +278,38 @@ def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
                 f"biased: `{name}` is {change:.3g} and `{prefix}outer_grad_norm` is {outer_norm:.3g}."
             )
     return sentences
+
+
+def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
+    """Finds implicit rules whose linear solve left a residual that is larger than that of no solve.
+
+    The solve A v = b starts with the residual ‖b‖ at v = 0. Conjugate gradients may exceed it for a while, and v gets
+    better all the same. So the limit is 3 ‖b‖.
+
+    Args:
+      metrics: as for `far_from_rest`. The function compares "adjoint_residual" with "outer_grad_norm", which is ‖b‖.
+
+    Returns:
+      One sentence with the remedies for each such rule.
+    """
+    sentences = []
+    for name in metrics:
+        prefix = name.removesuffix("adjoint_residual")
+        residual, norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
+        if prefix != name and residual > 3 * norm:
+            sentences.append(
+                f"The linear solve of an implicit rule failed, so its hypergradient is far off: `{name}` is "
+                f"{residual:.3g}, and without a solve it is {norm:.3g}. The matrix may not be positive definite, as "
+                "that of a network with BatchNorm, or with few inner steps. Then pass `gauss_newton=` or a larger "
+                "`damping`, or use `hypergrad.unrolled`. If the solver has a step size (`adjoint_rate`), lower it."
+            )
+    return sentences
+
+
+def advice_on_implicit_rules(metrics: Mapping[str, Any]) -> str:
+    """Returns the sentences of `far_from_rest` with their remedies, and those of `useless_solves`; "" if none."""
+    far = far_from_rest(metrics)
+    return " ".join([*far, *[REST_ADVICE] * bool(far), *useless_solves(metrics)])
 
 
 def check_record(record: Any, name: str = "A record") -> None:

@@ -58,11 +58,8 @@ def argmin(
         def objective(params):
             return loss(params, hyperparams, data)
 
-        def tangent_solve(matvec, y):
-            def solve_linear(matvec, b):
-                return linear_solver(matvec, b, optax.tree.zeros_like(b), key=jax.random.key(0))[0]
-
-            return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=True)
+        def tangent_solve(matvec, b):
+            return _implicit_solve.linear_solve(linear_solver, jax.random.key(0), matvec, b, symmetric=True)
 
         minimum = _implicit_solve.shielded(lambda: find(objective, params))
         return jax.lax.custom_root(jax.grad(objective), minimum, lambda fn, x: x, tangent_solve)

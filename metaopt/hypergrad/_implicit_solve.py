@@ -114,14 +114,9 @@ def implicit_solve(
         def function(x):
             return jax.tree.map(lambda r: r + guard.astype(r.dtype), residual(x, hyperparams))
 
-        def tangent_solve(linear, y):
+        def tangent_solve(linear, b):
             matvec = lambda v: optax.tree.add_scale(linear(v), damping, v)
-
-            def solve_linear(matvec, b):
-                return solver(matvec, b, optax.tree.zeros_like(b), key=solver_key)[0]
-
-            symmetric = condition == "gradient"
-            return jax.lax.custom_linear_solve(matvec, y, solve_linear, solve_linear, symmetric=symmetric)
+            return linear_solve(solver, solver_key, matvec, b, symmetric=condition == "gradient")
 
         already_solved = lambda function, x: x
         state = put(jax.lax.custom_root(function, x, already_solved, tangent_solve))
@@ -130,3 +125,32 @@ def implicit_solve(
         return jax.tree.map(lambda leaf: leaf + guard.astype(leaf.dtype) if _trees.is_inexact(leaf) else leaf, state)
 
     return solve
+
+
+def linear_solve(
+    solver: _solvers.Solver, key: jax.Array, matvec: Callable, b: base.PyTree, *, symmetric: bool
+) -> base.PyTree:
+    """Returns x with matvec(x) = b. The derivative of x is one more linear solve.
+
+    Args:
+      solver: of the system, and of the transposed system.
+      key: for the solver.
+      matvec: a linear function.
+      b: a pytree.
+      symmetric: whether the matrix is symmetric.
+    """
+
+    def solve(matvec, b):
+        return solver(matvec, b, optax.tree.zeros_like(b), key=key)[0]
+
+    return jax.lax.custom_linear_solve(lambda v: _joined(matvec(v)), _joined(b), solve, solve, symmetric=symmetric)
+
+
+def _joined(tree: base.PyTree) -> base.PyTree:
+    """Returns the same values, where JAX regards each leaf as a function of all leaves. XLA removes the difference.
+
+    JAX cannot transpose `custom_linear_solve` if it sees that a leaf of b is constant: that of a leaf of θ on which λ
+    has no direct effect.
+    """
+    total = optax.tree.sum(jax.tree.map(jnp.real, tree))
+    return jax.tree.map(lambda leaf: jnp.where(False, jnp.asarray(total, leaf.dtype), leaf), tree)

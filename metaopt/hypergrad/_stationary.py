@@ -86,7 +86,10 @@ def reason(condition: str, depends: str) -> str:
         condition_text, other_places, remedy = "a training step", "the initialization", ""
     else:
         condition_text, other_places = "the gradient of the inner loss", "the initialization or the optimizer's update"
-        remedy = ', `condition="step"` if the leaf moves the point where the optimizer rests (a decoupled weight decay)'
+        remedy = (
+            ', `condition="step"` if the leaf moves the point where the optimizer rests (a decoupled weight decay) and '
+            "the optimizer is like SGD, not like Adam"
+        )
     return (
         f"neither {condition_text} {depends}, only {other_places} does, and a minimum does not depend on the path to "
         f"it. Use `hypergrad.unrolled` for them{remedy}, or fix them (`spaces.fixed`)."

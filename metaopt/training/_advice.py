@@ -55,7 +55,7 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
 
 
 def _logged_rest(run: Run, num: int, num_steps: int) -> bool:
-    """Logs a warning if an implicit rule runs far from rest. It checks every 100 steps, and at the end.
+    """Logs a warning if an implicit rule runs far from rest, or its solve fails. Checks every 100 steps and at the end.
 
     Returns:
       Whether it logged the warning.
@@ -64,8 +64,7 @@ def _logged_rest(run: Run, num: int, num_steps: int) -> bool:
         return False
     with np.errstate(over="ignore"):  # a diverging loss
         recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
-    sentences = _checks.far_from_rest(recent)
-    if sentences:
-        message = " ".join([*sentences, _checks.REST_ADVICE])
+    message = _checks.advice_on_implicit_rules(recent)
+    if message:
         _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
-    return bool(sentences)
+    return bool(message)

@@ -259,6 +259,7 @@ class Checkpoints:
         for name in {**self._settings, **run["settings"]}:
             own, stored = self._settings.get(name), run["settings"].get(name)
             if own != stored:
+                name, stored, own = _first_difference(name, stored, own)
                 raise ValueError(
                     _refusal(self.directory, step, f"`{name}` is {stored} in the checkpoint and {own} in this run")
                 )
@@ -406,3 +407,16 @@ def _refusal(directory: str, step: int, difference: str) -> str:
         f"{directory} holds the checkpoint (step {step}) of another run: {difference}. Use another directory for "
         "this run, or continue the other run with its arguments."
     )
+
+
+def _first_difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """Returns the first entries of two nested lists or dicts that differ, with their name, such as "sizes[1]"."""
+    entries: list[tuple[str, Any, Any]] = []
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        entries = [(f"{name}[{key!r}]", a[key], b[key]) for key in a]
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        entries = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(a, b, strict=True))]
+    for entry in entries:
+        if entry[1] != entry[2]:
+            return _first_difference(*entry)
+    return name, a, b

@@ -128,9 +128,12 @@ def fine_tune(
 
 
 def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
-    """Logs a warning if an implicit rule ran far from rest, on average over the steps; never for traced metrics."""
+    """Logs a warning if an implicit rule ran far from rest or its solve failed, on average over the steps.
+
+    Never for traced metrics.
+    """
     if any(isinstance(x, Tracer) for x in metrics.values()):
         return
     means = {name: x.mean() for name, x in metrics.items() if x.ndim == 1 and x.size}
-    if sentences := _checks.far_from_rest(means):
-        _log.warning(" ".join([*sentences, _checks.REST_ADVICE]))
+    if message := _checks.advice_on_implicit_rules(means):
+        _log.warning(message)

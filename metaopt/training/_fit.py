@@ -194,7 +194,7 @@ def fit(
             identity = _run.identity(key, hyperparams, None if evaluate is None else eval_every, settings)
             checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, identity, keep_best))
             saved = checkpoints.restore()
-        report = stack.enter_context(_progress(saved, num_steps, progress))
+        report = stack.enter_context(_progress(saved, hyperparams, num_steps, progress))
         run = _started(saved, steps, num_steps, allow_changed_program, report)
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
@@ -350,10 +350,13 @@ def _initial(hyperparams: base.HyperParams) -> base.HyperParams:
     return hyperparams
 
 
-def _progress(saved: Saved | None, num_steps: int, show: bool | None) -> contextlib.AbstractContextManager:
+def _progress(
+    saved: Saved | None, hyperparams: base.HyperParams, num_steps: int, show: bool | None
+) -> contextlib.AbstractContextManager:
     show = False if jax.process_index() > 0 else show
     start = 0 if saved is None else saved.step
-    text = "value {value:.4g}, hypergrad norm {norm:.3g}"
+    tuned = any(leaf.size for leaf in jax.tree.leaves(hyperparams))  # `nas.train_loop` has an empty λ
+    text = "value {value:.4g}, hypergrad norm {norm:.3g}" if tuned else "value {value:.4g}"
     return report_progress(num_steps, show, text, start=start, value=math.nan, norm=math.nan)
 
 

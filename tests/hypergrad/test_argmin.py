@@ -8,7 +8,7 @@ import problems
 import pytest
 from jax.test_util import check_grads
 
-from metaopt import hypergrad
+from metaopt import hypergrad, inner
 
 START = jnp.zeros(problems.NUM_FEATURES)
 
@@ -72,3 +72,24 @@ def test_a_solver_that_stops_early_is_seen_in_the_gradient_that_it_leaves():
     late = hypergrad.argmin(ridge_loss)(START, problems.LAM, problems.TASK.train)
     norms = [optax.tree.norm(jax.grad(ridge_loss)(x, problems.LAM, problems.TASK.train)) for x in (early, late)]
     assert norms[0] > 1e-3 and norms[1] < 1e-5
+
+
+@pytest.mark.once
+def test_a_leaf_that_no_hyperparameter_touches_directly():
+    x = jnp.linspace(-1.0, 1.0, 20)
+
+    def loss(params, penalty, y):
+        return ((x * params["w"] + params["b"] - y) ** 2).mean() + penalty * params["w"] ** 2
+
+    start, y, second_moment = {"w": jnp.zeros([]), "b": jnp.zeros([])}, 3 * x + 1, (x**2).mean()
+    of_argmin = hypergrad.argmin(loss, tol=1e-12, solver=hypergrad.cg(num_steps=50, tol=1e-13))
+    loop = inner.loop(loss, lambda hp: optax.sgd(0.4), init=lambda key, hp, y: start)
+    of_loop = hypergrad.implicit_solve(loop, num_steps=200, solver=hypergrad.cg(num_steps=50, tol=1e-13))
+    expected = lambda penalty: 3 * second_moment / (second_moment + penalty)  # the bias is 1
+    derivatives = [jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(jax.grad(f))), lambda f: jax.grad(jax.jacfwd(f))]
+    for outer in (
+        lambda penalty: of_argmin(start, penalty, y)["w"],
+        lambda penalty: loop.params(of_loop(jax.random.key(0), penalty, y))["w"],
+    ):
+        for derivative in derivatives:
+            chex.assert_trees_all_close(derivative(outer)(0.1), derivative(expected)(0.1), rtol=1e-8)

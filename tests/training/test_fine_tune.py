@@ -199,6 +199,20 @@ def test_an_implicit_rule_far_from_rest_is_reported(caplog):
         assert ("An implicit rule runs far from a stationary point" in caplog.text) == is_far
 
 
+def test_a_linear_solve_that_makes_the_residual_larger_is_reported(caplog):
+    """At the second product, conjugate gradients see the negative eigenvalue, and return the step before it."""
+    for curvature, is_useless in ((0.5, False), (-0.5, True)):
+        loop = inner.loop(
+            lambda theta, lam, data, c=curvature: (theta[0] ** 2 + c * theta[1] ** 2) / 2 + lam * theta[0],
+            lambda lam: optax.sgd(0.1),
+            init=lambda *_: jnp.zeros(2),
+        )
+        rule = hypergrad.implicit(inner.problem(loop, lambda theta, lam, data: theta @ data), num_steps=1)
+        training.fine_tune(rule, num_steps=2)(KEY, 0.1, base.Task(None, jnp.array([1.0, 1.3])))
+        assert ("The linear solve of an implicit rule failed" in caplog.text) == is_useless
+        assert "far from a stationary point" not in caplog.text
+
+
 def test_a_rule_that_carries_training_returns_its_last_lambda():
     """Its values fall because θ is trained: they say nothing about which λ is best."""
     estimator = hypergrad.lookahead(problems.RIDGE, commit=1, num_steps=1)

@@ -81,3 +81,9 @@ def test_one_norm_for_each_parameter():
     each = transforms.per_parameter(functools.partial(transforms.learnable_clip, scope="leaf"))({"a": 0.5, "b": 0.1})
     norms = jax.tree.map(jnp.linalg.norm, each.update(GRADS, each.init(GRADS), GRADS)[0])
     chex.assert_trees_all_close(norms, {"a": 0.5, "b": 0.1}, rtol=1e-6)
+
+
+def test_a_norm_that_is_an_array_may_be_used_within_jit():
+    norm = jnp.array(1.0)
+    clipped = jax.jit(lambda g: transforms.learnable_clip(norm).update(g, ())[0])(jnp.ones(2))
+    chex.assert_trees_all_close(clipped, jnp.full(2, 0.5**0.5))

@@ -255,7 +255,7 @@ def _checks_labels(estimator, loss, network) -> base.Estimator:
 
     def init(key, hyperparams, task):
         if isinstance(task, base.Task):
-            pass
+            check_classes(loss, network, "task.train", task.train)
             check_classes(loss, network, "task.valid", task.valid)
         return estimator.init(key, hyperparams, task)
 

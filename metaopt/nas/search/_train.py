@@ -56,9 +56,9 @@ def train_loop(
         the partial `training.FitResult`, whose `state.estimator_state` is the inner state.
       SystemExit: the same for SIGTERM, with status 143.
       FloatingPointError: if the loss of 10 consecutive steps was not finite. (`inner.run` continues.)
-      ValueError: if a count is out of range; if the loop's `init` rejects the data, such as labels that are not classes
-        of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key, other data, another λ,
-        another program or other `settings`.
+      ValueError: if a count is out of range; if the loop's `init` rejects the labels of the data, such as labels that
+        are not classes of a `retraining`. Also if `checkpoint_dir` is in use, or holds another run: another key, other
+        data, another λ, another program or other `settings`.
     """
     init_key, fit_key = jax.random.split(key)
     num_non_finite, ended = 0, False
