@@ -307,7 +307,14 @@ def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def advice_on_implicit_rules(metrics: Mapping[str, Any]) -> str:
-    """Returns the sentences of `far_from_rest` with their remedies, and those of `useless_solves`; "" if none."""
+    """Joins the sentences of `far_from_rest`, their remedies, and the sentences of `useless_solves`.
+
+    Args:
+      metrics: as for `far_from_rest`.
+
+    Returns:
+      A text, empty if there are no sentences.
+    """
     far = far_from_rest(metrics)
     return " ".join([*far, *[REST_ADVICE] * bool(far), *useless_solves(metrics)])
 

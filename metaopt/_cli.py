@@ -16,6 +16,7 @@ from typing import Any
 _EXAMPLES = """examples:
   metaopt fit train.csv --target price --time 60 --out model.npz
   metaopt predict model.npz new.csv --coverage 0.9 --out predictions.csv
+  metaopt score model.npz labeled.csv
   metaopt leaderboard model.npz
   metaopt doctor
 
@@ -71,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--problem", choices=("classification", "regression"), help="by default, from the target")
     fit.add_argument("--metric", help="what to maximize (default: log_loss or rmse)")
     fit.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="kinds of models, such as: linear lightgbm (default: all of the preset)",
+    )
+    fit.add_argument(
         "--groups", help="a column of groups, such as patients; rows of one group are never split between folds"
     )
     fit.add_argument("--order", help="a column of times: models are validated on later rows")
@@ -88,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         "with this probability, such as 0.9",
     )
     predict.set_defaults(run=_predict)
+
+    score = commands.add_parser("score", help="compare predictions with the target column of a CSV file")
+    score.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
+    score.add_argument("data", type=Path, help="a CSV file with the same columns and the target")
+    score.add_argument("--target", help="the column of the true values (default: the target of `metaopt fit`)")
+    score.add_argument("--groups", help="a column of groups, such as patients, for the intervals")
+    score.add_argument("--coverage", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    score.set_defaults(run=_score)
 
     leaderboard = commands.add_parser("leaderboard", help="show the models of a saved file with their scores")
     leaderboard.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
@@ -108,21 +123,17 @@ def _fit(options: argparse.Namespace) -> int:
     _check_out(options.out, options.data)  # before the long fit
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
-    for name in special:
-        if name not in frame.columns:
-            raise ValueError(f"{options.data} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
-    values = frame[options.target]
-    target = values if options.problem == "classification" else _numbers(values)
-    known = (~target.isna()).to_numpy()
-    if not known.all():
-        invalid_values = values[~known].dropna().unique().tolist()
-        example = f" (such as {invalid_values[0]!r})" if invalid_values else ""
-        print(f"{(~known).sum()} rows have no valid target{example}; they are not used.", file=sys.stderr)
-    frame, target = frame[known], target[known]
+    _check_columns(options.data, frame, special)
+    target = _target(frame[options.target], as_labels=options.problem == "classification")
+    frame = frame.loc[target.index]
     problem = options.problem or _problem(target)
     kind = automl.AutoClassifier if problem == "classification" else automl.AutoRegressor
     model: Any = kind(
-        time_limit=options.time, preset=options.preset, eval_metric=options.metric, random_state=options.seed
+        time_limit=options.time,
+        preset=options.preset,
+        eval_metric=options.metric,
+        models=None if options.models is None else tuple(options.models),
+        random_state=options.seed,
     )
     extra = {"groups": options.groups, "time": options.order}
     model.fit(frame.drop(columns=special), target, **{name: frame[column] for name, column in extra.items() if column})
@@ -152,6 +163,28 @@ def _predict(options: argparse.Namespace) -> int:
         elif options.coverage is not None:
             result[["lower", "upper"]] = model.predict_interval(frame, coverage=options.coverage)
     result.to_csv(sys.stdout if options.out is None else options.out, index=False)
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    _require_packages()
+    model = _load(options.model)
+    name = options.target or model.target_name_
+    if name is None:
+        raise ValueError(f"{options.model} has no name of its target: use `--target`.")
+    kind = model.classes_.dtype.kind if hasattr(model, "classes_") else "f"
+    as_labels = kind not in "iuf"
+    special = [name] if options.groups is None else [name, options.groups]
+    frame = _read_rows(options.data, model, special, texts=[name] if kind == "U" else [])
+    target = _target(frame[name], as_labels=as_labels)
+    frame = frame.loc[target.index]
+    groups = None if options.groups is None else frame[options.groups]
+    is_feature = model.encoder_.named and options.groups in model.encoder_.input_names
+    rows = frame.drop(columns=special[:1] if is_feature else special)
+    table = model.evaluate(rows, target, groups=groups, coverage=options.coverage)
+    unit = "rows" if groups is None else f"rows in {groups.nunique()} groups"
+    print(f"{name!r} of {len(target)} {unit}; lower and upper: {100 * options.coverage:g} % interval")
+    print(table.to_string(index=False, float_format="{:.4g}".format))
     return 0
 
 
@@ -246,17 +279,24 @@ def _check_out(out: Path, *inputs: Path) -> None:
             raise ValueError(f"`--out` is the input file {path}, and would replace it; choose another name.")
 
 
-def _read_rows(path: Path, model: Any) -> Any:
-    """Reads new rows for a model. The result has the model's columns, in the model's order.
+def _check_columns(path: Path, frame: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if name not in frame.columns:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
 
-    Columns that the model dropped may be missing in the file.
+
+def _read_rows(path: Path, model: Any, special: Sequence[str] = (), texts: Collection[str] = ()) -> Any:
+    """Reads new rows for a model. The result has the model's columns, in the model's order, and those of `special`.
+
+    Columns that the model dropped may be missing in the file. The columns of `texts` are not read as numbers.
     """
     encoder = model.encoder_
     names = encoder.input_names
-    texts = [names[code.source] for code in encoder.columns if code.levels or code.reading]
+    texts = [*texts, *(names[code.source] for code in encoder.columns if code.levels or code.reading)]
     frame = _read(path, texts)  # a level such as "01" stays a text, even if all new rows have numbers
     if not len(frame):
         raise ValueError(f"{path} has no rows below its header.")
+    _check_columns(path, frame, special)
     if not encoder.named:
         return frame
     needed = dict.fromkeys(names[code.source] for code in encoder.columns)
@@ -264,7 +304,7 @@ def _read_rows(path: Path, model: Any) -> Any:
         others = [name for name in frame.columns if name not in names][:5]
         renamed = f" If it was renamed, it may be {', '.join(map(repr, others))}." if others else ""
         raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}, which the model needs.{renamed}")
-    return frame.reindex(columns=list(names))
+    return frame.reindex(columns=list(dict.fromkeys([*names, *special])))
 
 
 def _read(path: Path, texts: Collection[str] = ()) -> Any:
@@ -303,11 +343,25 @@ def _fit_of_delimiter(lines: Sequence[str], delimiter: str) -> tuple[bool, bool,
     return len(header) > 1, num_equal == len(rows), len(header), num_equal
 
 
+def _target(values: Any, *, as_labels: bool) -> Any:
+    """Returns the valid values of a target, as numbers if possible. It prints how many rows have none."""
+    target = values if as_labels else _numbers(values)
+    known = (~target.isna()).to_numpy()
+    if not known.all():
+        invalid_values = values[~known].dropna().unique().tolist()
+        example = f" (such as {invalid_values[0]!r})" if invalid_values else ""
+        print(f"{(~known).sum()} rows have no valid target{example}; they are not used.", file=sys.stderr)
+    if not known.any():
+        raise ValueError(f"No row has a valid value in the target column {values.name!r}.")
+    return target[known]
+
+
 def _numbers(target: Any) -> Any:
     """Converts a target of texts to numbers, if the encoder reads all of them as numbers.
 
-    Examples are "1,065", and "NA" among numbers. Whole numbers above 2^53 stay texts if float64 would merge some of
-    them and they have at most 20 different values, because such a target has classes.
+    Examples are "1,065", and "NA" among numbers. Standard error shows how separators and signs of currencies are read.
+    Whole numbers above 2^53 stay texts if float64 would merge some of them and they have at most 20 different values,
+    because such a target has classes.
     """
     import numpy as np
 
@@ -317,6 +371,8 @@ def _numbers(target: Any) -> Any:
         encoder = tasks.fit_encoder({"target": target}, keep=("target",))
     if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
         return target
+    if encoder.columns[0].sign or encoder.columns[0].reading not in ("", "number"):
+        print(f"The target {target.name!r} {encoder.notes[0].reason}.", file=sys.stderr)
     shifted = encoder.transform({"target": target})[:, 0]
     values = shifted + encoder.columns[0].offset
     num_classes = len(np.unique(shifted))

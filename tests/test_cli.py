@@ -55,6 +55,10 @@ def test_fit_predict_and_leaderboard(files, capsys, caplog):
             ["fit", "train.csv", "--target", "target", "--out", "m.npz", "--metric", "f1"],
             "`eval_metric` must be one of",
         ),
+        (
+            ["fit", "train.csv", "--target", "target", "--out", "m.npz", "--models", "linear", "svm"],
+            "`models` must be among network, linear, extra_trees,",
+        ),
         (["predict", "train.csv", "new.csv"], "is not a file that `metaopt.save` wrote"),
     ],
 )
@@ -254,9 +258,13 @@ def test_options_reach_the_estimator(tmp_path, capsys):
     frame.to_csv(tmp_path / "train.csv", index=False)
     train = [tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz", "--time", 0.002]
     more = ["--groups", "who", "--metric", "mae", "--problem", "regression", "--preset", "best", "--seed", 3]
+    more += ["--models", "extra_trees", "linear"]
     assert _run("fit", *train, *more) == 0
     model = load(tmp_path / "m.npz")
-    params = {name: model.get_params()[name] for name in ("time_limit", "eval_metric", "preset", "random_state")}
+    params = {
+        name: model.get_params()[name] for name in ("time_limit", "eval_metric", "preset", "random_state", "models")
+    }
+    assert params.pop("models") == ("extra_trees", "linear")
     assert params == {"time_limit": 0.002, "eval_metric": "mae", "preset": "best", "random_state": 3}
     assert len(model.ensemble_.inputs) == 5  # one fold for each group
     assert list(model.feature_names_in_) == ["x", "one"]
@@ -390,3 +398,65 @@ def test_a_file_in_latin_1_is_named(tmp_path, capsys):
     (tmp_path / "train.csv").write_bytes("größe,y\n1,2\n".encode("latin-1"))
     assert _run("fit", tmp_path / "train.csv", "--target", "y", "--out", tmp_path / "m.npz") == 1
     assert "is not in UTF-8: save it as UTF-8" in capsys.readouterr().err
+
+
+def test_score_compares_with_the_target_of_the_file(files, tmp_path, capsys):
+    from metaopt import load
+
+    folder, truth = files
+    train = [folder / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--models", "linear"]
+    assert _run("fit", *train, "--time", 0.001) == 0
+    new = pd.read_csv(folder / "new.csv").assign(target=truth)
+    labels = truth.copy()
+    labels[:2] = None
+    new[new.columns[::-1]].assign(target=labels).to_csv(tmp_path / "labeled.csv", index=False, sep=";")
+    capsys.readouterr()
+    assert _run("score", tmp_path / "m.npz", tmp_path / "labeled.csv", "--coverage", 0.9) == 0
+    text = capsys.readouterr()
+    assert "2 rows have no valid target; they are not used." in text.err
+    head, *table = text.out.splitlines()
+    assert head == "'target' of 73 rows; lower and upper: 90 % interval"
+    expected = load(tmp_path / "m.npz").evaluate(new[2:].drop(columns="target"), truth[2:], coverage=0.9)
+    assert table == expected.to_string(index=False, float_format="{:.4g}".format).splitlines()
+    for frame, message in (
+        (new.drop(columns="target"), "labeled.csv has no column 'target'; it has sepal length"),
+        (new.replace("b", "B"), "25 of 75 rows have a label that did not occur in `fit`, such as 'B'"),
+        (new.assign(target=None), "No row has a valid value in the target column 'target'."),
+    ):
+        frame.to_csv(tmp_path / "labeled.csv", index=False)
+        assert _run("score", tmp_path / "m.npz", tmp_path / "labeled.csv") == 1
+        assert message in capsys.readouterr().err
+
+
+def test_score_reads_labels_and_amounts_as_fit_does(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": rng.normal(size=120), "who": np.repeat(np.arange(12), 10)})
+    frame["price"] = [f"{1000 * value:,.2f} €" for value in 5 + frame["x"]]
+    frame["code"] = np.where(frame["x"] > 0, "01", "1")
+    frame["flag"] = frame["x"] > 0.5
+    frame.loc[:1, "code"] = "A"  # the labels of the other file are numbers only
+    for target in ("price", "code", "flag"):
+        frame[["x", "who", target]].to_csv(tmp_path / "train.csv", index=False)
+        frame.loc[2:, ["x", "who", target]].to_csv(tmp_path / "new.csv", index=False)
+        arguments = ["--groups", "who", "--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
+        assert _run("fit", tmp_path / "train.csv", "--target", target, *arguments) == 0
+        capsys.readouterr()
+        assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv", "--groups", "who") == 0
+        text = capsys.readouterr()
+        assert f"'{target}' of 118 rows in 12 groups" in text.out
+        values = dict(line.split()[:2] for line in text.out.splitlines()[2:])
+        assert float(values["r2" if target == "price" else "accuracy"]) > 0.9
+        assert ("The target 'price' is text that holds numbers with the sign '€'" in text.err) == (target == "price")
+
+
+def test_score_of_a_model_without_the_name_of_its_target(tmp_path, capsys):
+    from metaopt import automl, save
+
+    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)), columns=["a", "b"])
+    model = automl.AutoRegressor(models="linear", preset="instant", time_limit=None, verbose=False)
+    save(tmp_path / "m.npz", model.fit(rows, rows["a"].to_numpy()))
+    rows.assign(y=rows["a"]).to_csv(tmp_path / "new.csv", index=False)
+    assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv") == 1
+    assert "has no name of its target: use `--target`." in capsys.readouterr().err
+    assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv", "--target", "y", "--groups", "b") == 0
+    assert "'y' of 60 rows in 60 groups" in capsys.readouterr().out  # the column b is a feature, too

@@ -13,12 +13,11 @@ from metaopt import tasks
 _log = logging.getLogger(__name__)
 
 
-def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
+def without_named_columns(X, groups, time) -> tuple[Any, Any, Any]:
     """Replaces `groups` and `time` by the values of columns of X, if they are names. X loses these columns.
 
     Args:
       X: rows.
-      y: the target; a name is an error.
       groups: values, the name of a column of X, or None.
       time: the same.
 
@@ -26,13 +25,8 @@ def without_named_columns(X, y, groups, time) -> tuple[Any, Any, Any]:
       X without the columns, and the values of `groups` and `time`.
 
     Raises:
-      ValueError: if `y` is a text, or X has no such column.
+      ValueError: if X has no such column.
     """
-    if isinstance(y, str):
-        raise ValueError(
-            f"`y` must have one value for each row; got the text {y!r}. If it names a column of a frame, call "
-            f"`fit(frame.drop(columns={y!r}), frame[{y!r}])`."
-        )
     names = {argument: name for argument, name in (("groups", groups), ("time", time)) if isinstance(name, str)}
     columns = list(X.columns) if hasattr(X, "iloc") or hasattr(X, "get_column") else []  # of pandas or polars
     for argument, name in names.items():

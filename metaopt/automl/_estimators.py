@@ -16,13 +16,12 @@ from metaopt.automl import _arguments, _ensemble, _ensemble_fit, _score_error
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._importance import permutation_importance
 from metaopt.automl._portfolio import portfolio
-from metaopt.automl._rows import NUM_FOLDS, sorted_rows
+from metaopt.automl._report import report_frame, suspected_groups, suspected_leaks
+from metaopt.automl._rows import NUM_FOLDS, TrainingRows, sorted_rows
 from metaopt.automl._schedule import Clock
 from metaopt.automl._table_estimator import TableEstimator, as_frame
 
 _log = logging.getLogger(__name__)
-
-_LEAK_BLOCK = 20  # columns between two looks at the clock
 
 
 class _AutoEstimator(TableEstimator, abc.ABC):
@@ -78,13 +77,15 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         options = self._options()  # the time begins here
         vars(self).pop("ensemble_", None)  # if this fit fails, no older models may remain with the new encoder
         _arguments.warn_of_other_order(X, y=y, sample_weight=sample_weight, groups=groups, time=time)
-        X, groups, time = _arguments.without_named_columns(as_frame(X), y, groups, time)
+        X, groups, time = _arguments.without_named_columns(as_frame(X), groups, time)
         x = self._fit_table(X)
         weight = np.asarray(_check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True))
         used = np.flatnonzero(weight > 0)
         if not len(used):  # recent versions of scikit-learn check this
             raise ValueError("`sample_weight` must have at least one non-zero value.")
         target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
+        name = getattr(y, "name", None)  # of a Series
+        self.target_name_ = name if isinstance(name, str) else None
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "
@@ -100,9 +101,10 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         rows = sorted_rows(x[used], target, weight[used], *parts)
         columns = Columns(self.encoder_.categorical, self.encoder_.high_cardinality)
         members = portfolio(self._problem, self.preset, self.models, len(rows.y))
-        self.suspected_leaks_ = _suspected_leaks(x[used], target, self.encoder_, options.clock)
+        self.suspected_leaks_ = suspected_leaks(x[used], target, self.encoder_, options.clock)
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
-        self.report_ = report_frame(self.encoder_, self.suspected_leaks_)
+        self.suspected_groups_ = suspected_groups(x[used], self.encoder_) if groups is None else ()
+        self.report_ = report_frame(self.encoder_, self.suspected_leaks_, self.suspected_groups_)
         self._keep_scores(rows)
         self.score_error_ = _score_error.score_error(rows, self.ensemble_.out_of_fold, options.metric, options.seed)
         return self
@@ -164,6 +166,36 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             raise ValueError(f"`num_new` must be at least 1 or None; got {num_new!r}.")
         return _score_error.score_interval(self.score_, self.score_error_, self._metric(), _fraction(coverage), num_new)
 
+    def evaluate(self, X, y, *, groups=None, coverage: float = 0.95) -> pd.DataFrame:
+        """Metrics of the predictions of labeled rows that `fit` did not get, each with an interval.
+
+        The interval is that of `score_interval`, from the errors of these rows. It covers the randomness of which rows
+        the test has, so it is short if there are many.
+
+        Args:
+          X: [n, d] rows, with the same columns as in `fit`.
+          y: [n] their targets.
+          groups: [n] the group of each row, such as a patient, if rows of one group are alike. The interval is much too
+            short without them.
+          coverage: the probability, in (0, 1).
+
+        Returns:
+          A frame with "metric", "value", "lower" and "upper"; `eval_metric` is in the first row. Losses are positive,
+          so a smaller "log_loss", "rmse" or "mae" is better. "rmse" and "mae" are in units of the target.
+
+        Raises:
+          ValueError: if the arrays do not fit together, or a label did not occur in `fit`.
+        """
+        check_is_fitted(self, "ensemble_")
+        num_rows = len(as_frame(X))
+        codes = self._target_codes(_arguments.target(y, num_rows))
+        units = None if groups is None else _arguments.group_codes(groups, num_rows)
+        rows = TrainingRows(np.zeros((num_rows, 0)), codes, np.ones(num_rows), np.arange(num_rows), units)
+        metrics = dict.fromkeys((self._metric(), *_ensemble.METRICS[self._problem]))
+        options = _fraction(coverage), self._seed(), getattr(self, "scale_", 1.0)
+        table = _score_error.evaluation(metrics, self._predict_ensemble(X), rows, *options)
+        return pd.DataFrame(table, columns=["metric", "value", "lower", "upper"])
+
     def importance(self, X, y, *, n_repeats: int = 5, scoring: Any = None) -> pd.DataFrame:
         """Permutation importance: how much the score falls if the values of a column are shuffled.
 
@@ -206,6 +238,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         if limit is not None and not limit > 0:
             raise ValueError(f"`time_limit` must be positive or None; got {limit!r}.")
         limit = None if limit is None or np.isinf(limit) else float(limit)
+        portfolio(self._problem, self.preset, self.models, 1)  # raises before the table is read if a name is unknown
         return Options(metric, Clock(limit), _ensemble_fit.num_jobs(self.n_jobs), self._seed(), self.verbose)
 
     def _seed(self) -> int:
@@ -220,6 +253,10 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     @abc.abstractmethod
     def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Returns the target as numbers, and stores the classes or the scale that convert predictions back."""
+
+    @abc.abstractmethod
+    def _target_codes(self, y: np.ndarray) -> np.ndarray:
+        """Returns the target of other rows as the numbers of `_fit_target`."""
 
     @abc.abstractmethod
     def _num_classes(self) -> int:
@@ -327,6 +364,17 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
             )
         return codes
 
+    def _target_codes(self, y: np.ndarray) -> np.ndarray:
+        classes = {label: code for code, label in enumerate(self.classes_.tolist())}
+        codes = np.array([classes.get(label, -1) for label in y.tolist()], np.int64)
+        if (codes < 0).any():
+            raise ValueError(
+                f"{(codes < 0).sum()} of {len(y)} rows have a label that did not occur in `fit`, such as "
+                f"{y.tolist()[int(codes.argmin())]!r}. Remove these rows, or correct their labels. `fit` had "
+                f"{', '.join(map(repr, list(classes)[:20]))}{', ...' if len(classes) > 20 else ''}."
+            )
+        return codes
+
     def _num_classes(self) -> int:
         return len(self.classes_)
 
@@ -397,6 +445,18 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         return np.stack([predicted - half, predicted + half], axis=1)
 
     def _fit_target(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        y = self._numeric_target(y)
+        unit = float(np.abs(y).max()) or 1.0  # squares of large numbers overflow
+        mean = np.average(y / unit, weights=weight)
+        deviation = np.sqrt(np.average((y / unit - mean) ** 2, weights=weight))
+        self.mean_ = float(mean * unit)
+        self.scale_ = float(deviation * unit) or 1.0
+        return (y - self.mean_) / self.scale_
+
+    def _target_codes(self, y: np.ndarray) -> np.ndarray:
+        return (self._numeric_target(y) - self.mean_) / self.scale_
+
+    def _numeric_target(self, y: np.ndarray) -> np.ndarray:
         if y.dtype.kind in "mMc":
             raise ValueError(f"The target must be numbers; got {y.dtype}. Convert it, for example to days.")
         try:
@@ -405,43 +465,13 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
             raise ValueError(f"The target must be numbers; got {y.dtype} ({error}).") from error
         if not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")
-        unit = float(np.abs(y).max()) or 1.0  # squares of large numbers overflow
-        mean = np.average(y / unit, weights=weight)
-        deviation = np.sqrt(np.average((y / unit - mean) ** 2, weights=weight))
-        self.mean_ = float(mean * unit)
-        self.scale_ = float(deviation * unit) or 1.0
-        return (y - self.mean_) / self.scale_
+        return y
 
     def _num_classes(self) -> int:
         return 0
 
     def _nonconformity(self, y: np.ndarray) -> np.ndarray:
         return np.abs(self.ensemble_.out_of_fold - y)
-
-
-def report_frame(encoder: tasks.TableEncoder, suspected: tuple[str, ...]) -> pd.DataFrame:
-    """The notes of an encoder and the suspected columns: column, action and reason."""
-    reason = "predicts the target almost perfectly: is it known before the target is?"
-    notes = [*encoder.notes, *((name, "suspected", reason) for name in suspected)]
-    return pd.DataFrame(notes, columns=["column", "action", "reason"])
-
-
-def _suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:
-    """Searches the columns in blocks, until a fifth of the time limit is over."""
-    names, suspected = encoder.names, ()
-    for start in range(0, len(names), _LEAK_BLOCK):
-        if start and clock.left() < 0.8 * (clock.limit or 0):
-            message = "the last %d columns were not searched for leaks, because the time limit is short"
-            _log.info(message, len(names) - start)
-            break
-        block = slice(start, start + _LEAK_BLOCK)
-        suspected += tasks.suspected_leaks(x[:, block], y, names[block], encoder.categorical[block])
-    for name in suspected:
-        _log.warning(
-            "the column %r predicts the target almost perfectly. If it is not known when you predict, leave it out.",
-            name,
-        )
-    return suspected
 
 
 def _fraction(coverage: float) -> float:

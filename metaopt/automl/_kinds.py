@@ -46,7 +46,8 @@ class FoldData(NamedTuple):
       categorical: [k] bool, of the columns for trees.
       num_classes: K, or 0 for regression.
       seed: the seed of the fit.
-      stops: whether boosting stops early; the same in all folds. Not if m = 0: `settled` then shortens the model later.
+      stops: whether boosting stops early; the same in all folds. A fold with m = 0 never stops early: `settled` gives
+        its model the mean number of rounds of the other folds.
     """
 
     views: Views

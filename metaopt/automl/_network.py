@@ -190,11 +190,12 @@ def _member_log_probabilities(params, hyperparams, batch, key: jax.Array | None 
         x = x + hyperparams["input_noise"] * noise * batch["feature_mask"][None]
     hinges = [hyperparams["hinge_scale"] * jax.nn.relu(x - c) * batch["feature_mask"][None] for c in HINGES]
     additive = jnp.concatenate([x, *hinges], axis=1)
-    h = jax.nn.relu(hyperparams["hidden_scale"] * (x @ params["hidden"]) + params["bias"][None])
+    activations = jax.nn.relu(hyperparams["hidden_scale"] * (x @ params["hidden"]) + params["bias"][None])
     if key is not None:
-        h = h * (1 + hyperparams["hidden_noise"] * _random_signs(hidden_key, h.shape))
-    h = h.reshape(-1, members, hidden)
-    logits = hyperparams["output_scale"] * jnp.einsum("bmh,mhc->mbc", h, params["output"])
+        signs = _random_signs(hidden_key, activations.shape)
+        activations = activations * (1 + hyperparams["hidden_noise"] * signs)
+    activations = activations.reshape(-1, members, hidden)
+    logits = hyperparams["output_scale"] * jnp.einsum("bmh,mhc->mbc", activations, params["output"])
     logits = logits + params["output_bias"][:, None] + hyperparams["linear_scale"] * (additive @ params["linear"])[None]
     return jax.nn.log_softmax(jnp.where(batch["class_mask"] > 0, logits, -1e9))
 

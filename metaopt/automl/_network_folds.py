@@ -170,10 +170,10 @@ def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float32)
     hinges = [scales["hinge_scale"] * np.maximum(x - c, 0) for c in HINGES]
     additive = np.concatenate([x, *hinges], axis=1) @ params["linear"]
-    h = np.maximum(scales["hidden_scale"] * (x @ params["hidden"]) + params["bias"], 0)
+    activations = np.maximum(scales["hidden_scale"] * (x @ params["hidden"]) + params["bias"], 0)
     num_members, num_hidden, _ = params["output"].shape
-    h = h.reshape(len(x), num_members, num_hidden)
-    logits = scales["output_scale"] * np.einsum("nmh,mhc->mnc", h, params["output"])
+    activations = activations.reshape(len(x), num_members, num_hidden)
+    logits = scales["output_scale"] * np.einsum("nmh,mhc->mnc", activations, params["output"])
     logits = logits + params["output_bias"][:, None] + scales["linear_scale"] * additive
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p = (p / p.sum(axis=-1, keepdims=True)).mean(axis=0).astype(np.float64)

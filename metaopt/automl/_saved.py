@@ -8,10 +8,11 @@ import numpy as np
 from metaopt import _extras, _files, _saving
 from metaopt.automl import _kinds, _table_estimator
 from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember, predict_ensemble
-from metaopt.automl._estimators import AutoClassifier, AutoRegressor, report_frame
+from metaopt.automl._estimators import AutoClassifier, AutoRegressor
 from metaopt.automl._inputs import Inputs, TargetTable
 from metaopt.automl._network_folds import NetworkModel
 from metaopt.automl._portfolio import Member
+from metaopt.automl._report import report_frame
 from metaopt.automl._score_error import ScoreError
 from metaopt.automl._tabular_model import decode_labels, encode_labels
 from metaopt.tasks import FittedColumns
@@ -36,7 +37,9 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     header = {
         **shared,
         "python": platform.python_version(),
+        "target_name": estimator.target_name_,
         "suspected_leaks": list(estimator.suspected_leaks_),
+        "suspected_groups": list(estimator.suspected_groups_),
         "ensemble": {
             "num_folds": len(ensemble.inputs),
             "num_classes": ensemble.num_classes,
@@ -82,8 +85,10 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
         raise ValueError("its nonconformity scores must be [2, n]: scores and weights")
     error, num_blocks, num_units = file["score_error"].tolist()
     estimator.score_error_ = ScoreError(error, int(num_blocks), int(num_units))
+    estimator.target_name_ = header["target_name"]
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
-    estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_)
+    estimator.suspected_groups_ = tuple(header["suspected_groups"])
+    estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_, estimator.suspected_groups_)
     if num_classes:
         estimator.classes_ = decode_labels(header["classes"])
         if len(estimator.classes_) != num_classes:

@@ -1,6 +1,7 @@
 """How far an out-of-fold score may be from the score on new rows: a jackknife over groups, blocks of time, or rows."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,33 @@ def score_interval(
         quantile = float(stats.t.ppf((1 + coverage) / 2, error.num_blocks - 1))
         half = quantile * error.standard_error * math.sqrt(1 + ratio)
     return max(value - half, _WORST.get(metric, -math.inf)), min(value + half, _BEST.get(metric, 1.0))
+
+
+def evaluation(
+    metrics: Iterable[str], predicted: np.ndarray, rows: TrainingRows, coverage: float, seed: int, unit: float
+) -> list[tuple[str, float, float, float]]:
+    """The metrics of new rows. Losses are positive.
+
+    Args:
+      metrics: some of `METRICS`.
+      predicted: [n, C] or [n] predictions.
+      rows: the rows. Their x is not used.
+      coverage: the probability of an interval, in (0, 1).
+      seed: the seed of the random blocks.
+      unit: "rmse" and "mae" are multiplied by it.
+
+    Returns:
+      (metric, value, lower, upper) of each metric.
+    """
+    results = []
+    for metric in metrics:
+        value = score(metric, predicted, Target(rows.y, rows.weight))
+        lower, upper = score_interval(value, score_error(rows, predicted, metric, seed), metric, coverage, None)
+        if metric in _BEST:  # a loss, whose score is negative
+            factor = -1.0 if metric == "log_loss" else -unit
+            value, lower, upper = factor * value, factor * upper, factor * lower
+        results.append((metric, value, lower, upper))
+    return results
 
 
 def _blocks(rows: TrainingRows, scored: np.ndarray, seed: int) -> tuple[np.ndarray, int, int]:

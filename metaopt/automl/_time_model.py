@@ -27,7 +27,8 @@ class TimeModel:
     """Predicts seconds of fits.
 
     `observe` corrects the predictions by a factor for each kind. Kinds without an observation get the geometric mean of
-    the factors of other kinds. `observe_network` multiplies one factor for all networks, at least by a half.
+    the factors of other kinds. `observe_network` corrects one factor for all networks; one call lowers it to no less
+    than half.
     """
 
     def __init__(self, num_rows: int, num_columns: int, num_classes: int):

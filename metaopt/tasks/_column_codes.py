@@ -2,15 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from metaopt.tasks._amounts import AMOUNTS, UNSURE, common_sign, describe, without_sign
 from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
     date_in_microseconds,
+    has_dots,
     level_order,
     looks_like_id,
     number,
@@ -83,6 +85,7 @@ class ColumnCode(NamedTuple):
       offset: is subtracted from numbers, because float32 could not tell them apart.
       levels: the levels of a category, in the order of the codes.
       parts: the parts of a time, some of `PARTS`.
+      sign: the sign of a currency or "%" that each text has next to its number; "" if there is none.
     """
 
     name: str
@@ -92,6 +95,7 @@ class ColumnCode(NamedTuple):
     offset: int | float = 0
     levels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    sign: str = ""
 
 
 class Fit(NamedTuple):
@@ -102,14 +106,14 @@ class Fit(NamedTuple):
       values: [n, k] float64, the encoded rows of `fit_column`.
       drop: why the column is dropped, or "".
       changes: how its values were changed, and remarks about unusual values that were not changed.
-      warns: whether the log reports `drop` or `changes` as a warning.
+      warnings: those of `drop` and `changes` that the log reports as warnings.
     """
 
     code: ColumnCode | None
     values: np.ndarray
     drop: str = ""
     changes: tuple[str, ...] = ()
-    warns: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) -> Fit:
@@ -126,15 +130,15 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
     """
     if raw.kind == "unreadable":
         return _dropped(raw.reason, warns=True)
-    reading, changes = "", ()
+    reading, sign, changes = "", "", ()
     if raw.kind == "text":
-        reading, changes = _reading_of(raw.values)
+        reading, sign, changes = _reading_of(raw.values)
     if raw.kind == "time" or reading in ("ymd", "mdy", "dmy"):
         return _fit_time(ColumnCode(name, source, "time", reading), raw, changes)
     if raw.kind == "category" or (raw.kind == "text" and not reading):
         return _fit_category(ColumnCode(name, source, "category"), raw)
     kind = "boolean" if raw.kind == "boolean" else "number"
-    return _fit_number(ColumnCode(name, source, kind, reading), raw, changes, keep)
+    return _fit_number(ColumnCode(name, source, kind, reading, sign=sign), raw, changes, keep)
 
 
 def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
@@ -150,6 +154,7 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
       all values. If these values become "(other)", it has them only if no value is a level.
     """
     form = _FORMS[code.reading] if code.reading else "categories" if code.kind == "category" else f"{code.kind}s"
+    form += f" next to the sign {code.sign!r}" if code.sign else ""
     if raw.kind == "unreadable":
         block = np.full((len(raw.values), max(1, len(code.parts))), np.nan)
         return block, _unread(raw, np.ones(len(raw.values), bool), f"are not {form}; they count as missing")
@@ -165,7 +170,7 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
         lost = np.isnat(times) & ~is_missing
         return _time_parts(times, code.parts), _unread(raw, lost, f"are not {form}; they count as missing")
     values = _numbers(code, raw)
-    lost = np.isnan(values) & ~is_missing & (raw.kind not in ("number", "boolean"))
+    lost = np.isnan(values) & ~is_missing & (bool(code.sign) or raw.kind not in ("number", "boolean"))
     block = np.where(np.abs(values) > FLOAT32_MAX, np.nan, values)[:, None]
     return block, _unread(raw, lost, f"are not {form}; they count as missing")
 
@@ -203,28 +208,30 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
     present = _exact(code, raw, present)
     if present.min() == present.max() and len(present) == len(values):
         return _dropped("is constant")
-    reason, surely = _id_reason(code.name, present, len(values))
+    reason, surely = ("", False) if code.sign else _id_reason(code.name, present, len(values))
     if surely and not keep:
         return _dropped(reason, warns=True)
-    changes += (f"{reason}, but stays",) if reason else ()
+    doubts = (f"{reason}, but stays",) if reason else ()
+    changes += doubts
     offset, notes = _offset(present)
     changes += notes
     if offset:
         code = code._replace(offset=offset)
         values, _ = apply_code(code, raw)
-    return Fit(code, values.reshape(-1, 1), changes=changes, warns=bool(reason) or _loses_values(changes))
+    return Fit(code, values.reshape(-1, 1), changes=changes, warnings=doubts + _warnings(changes))
 
 
 def _numbers(code: ColumnCode, raw: RawColumn) -> np.ndarray:
     """[n] float64, NaN where missing or not a number."""
-    if raw.kind == "time" or (raw.kind == "boolean" and code.reading):  # "True" is not a number among texts
+    # "True" is not a number among texts. A number without its sign may have another unit: 12 % may be 0.12.
+    if raw.kind == "time" or (raw.kind == "boolean" and code.reading) or (raw.kind == "number" and code.sign):
         return np.full(len(raw.values), np.nan)
     if raw.kind in ("number", "boolean"):
         values = raw.values
         if values.dtype.kind in "iu" and isinstance(code.offset, int) and code.offset:
             return (values.astype(object) - code.offset).astype(np.float64)  # Python's integers are exact
         return values.astype(np.float64) - code.offset
-    read = READINGS[code.reading or "number"]
+    read = _reader(code.reading or "number", code.sign)
     words = {"true": 1.0, "false": 0.0} if code.kind == "boolean" else {}
 
     def value(text: str) -> float:
@@ -249,7 +256,7 @@ def _exact(code: ColumnCode, raw: RawColumn, present: np.ndarray) -> np.ndarray:
         return raw.values
     if raw.kind != "text" or np.abs(present).max() < 2**53:
         return present
-    read = READINGS[code.reading or "number"]
+    read = _reader(code.reading or "number", code.sign)
     numbers = [value for text in raw.values if text is not None and (value := read(text)) is not None]
     whole = all(isinstance(value, int) and abs(value) < 2**63 for value in numbers)
     return np.array(numbers, np.int64) if whole else present
@@ -310,8 +317,7 @@ def _fit_time(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...]) -> Fit
     parts = tuple(part for part, is_used in zip(PARTS, varies, strict=True) if is_used)
     names = ", ".join("days since 1970" if part == "days" else part for part in parts)
     changes = (*changes, f"has times; they become {names}")
-    warns = _loses_values(changes) or any(AMBIGUOUS in change for change in changes)
-    return Fit(code._replace(parts=parts), values[:, varies], changes=changes, warns=warns)
+    return Fit(code._replace(parts=parts), values[:, varies], changes=changes, warnings=_warnings(changes))
 
 
 def _times(code: ColumnCode, raw: RawColumn) -> np.ndarray:
@@ -380,39 +386,64 @@ def _texts(raw: RawColumn) -> np.ndarray:
 # --- texts ---
 
 
-def _reading_of(texts: np.ndarray) -> tuple[str, tuple[str, ...]]:
-    """Returns how to read texts as numbers or times ("" for categories), and notes.
+def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
+    """Returns how to read texts as numbers or times ("" for categories), the sign of amounts or "", and notes.
 
-    All texts must be numbers or dates of one form, except "None". Up to a tenth of the rows may have other words if
-    there are at least 20 different numbers.
+    All texts must be numbers or dates of one form, except "None". If they are amounts, all must have the same sign. Up
+    to a tenth of the rows may have other words if there are at least 20 different numbers.
     """
     counts = Counter(text for text in texts.tolist() if text is not None and text.lower() != "none")
     if not counts:
-        return "", ()
+        return "", "", ()
     num_rows = sum(counts.values())
     sample = list(counts)[:_SAMPLE_SIZE]
+    sign = common_sign(sample)
     best, most = "", 0
-    for reading, read in READINGS.items():
+    for reading in AMOUNTS if sign else READINGS:
+        read = _reader(reading, sign)
         # Reading all texts takes long, so a reading must first succeed for half of a sample.
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):
             continue
         num_read = sum(count for text, count in counts.items() if read(text) is not None)
-        day_is_first = reading == "dmy" and "." in next(iter(counts))  # with dots, the day is usually first
-        if num_read > most or (num_read == most and day_is_first):
+        # If both orders are possible, the day is first in dates with dots, and the month in others.
+        if num_read > most or (num_read == most and reading == "dmy" and any(map(has_dots, counts))):
             best, most = reading, num_read
         if most == num_rows and reading != "mdy":  # after "mdy", "dmy" may be the right reading of the same dates
             break
-    if most == num_rows:
-        read_other = READINGS["dmy" if best == "mdy" else "mdy"]
-        pairs = [(READINGS[best](text), read_other(text)) for text in counts] if best in ("mdy", "dmy") else []
-        is_ambiguous = all(other is not None for _, other in pairs) and any(own != other for own, other in pairs)
+    if not best:
+        return "", "", ()
+    read = _reader(best, sign)
+    words = [text for text in counts if read(text) is None]
+    description = _DESCRIPTIONS[best]
+    if sign:
+        description = describe([text for text in counts if read(text) is not None], sign, best)
+    if not words:
+        is_ambiguous = best == "mdy" and _may_have_the_day_first(counts)
         unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong"
-        return best, (_DESCRIPTIONS[best] + unsure * is_ambiguous,)
-    words = [text for text in counts if best and READINGS[best](text) is None]
+        return best, sign, (description + unsure * is_ambiguous,)
     if most < 0.9 * num_rows or len(counts) - len(words) < 20:
-        return "", ()
-    change = f"{_DESCRIPTIONS[best]}, except {num_rows - most} values such as {words[0]!r}, which count as missing"
-    return best, (change,)
+        return "", "", ()
+    change = f"{description}, except {num_rows - most} values such as {words[0]!r}, which count as missing"
+    return best, sign, (change,)
+
+
+def _reader(reading: str, sign: str) -> Callable[[str], int | float | None]:
+    """The function of a reading. With a sign, it reads texts that have this sign."""
+    read = READINGS[reading]
+    if not sign:
+        return read
+    return lambda text: None if (rest := without_sign(text, sign)) is None else read(rest)
+
+
+def _may_have_the_day_first(texts: Iterable[str]) -> bool:
+    """Whether all dates also exist in the order day-month-year, and one of them is then another date."""
+    differs = False
+    for text in texts:
+        day_first = READINGS["dmy"](text)
+        if day_first is None:
+            return False
+        differs = differs or day_first != READINGS["mdy"](text)
+    return differs
 
 
 def _lookup(
@@ -432,9 +463,11 @@ def _is_missing(raw: RawColumn) -> np.ndarray:
     return np.equal(raw.values, None).astype(bool)
 
 
-def _loses_values(changes: tuple[str, ...]) -> bool:
-    return any("count as missing" in change or _MERGED in change for change in changes)
+def _warnings(changes: tuple[str, ...]) -> tuple[str, ...]:
+    """The changes that lose values, or that may misread dates or amounts."""
+    marks = ("count as missing", _MERGED, AMBIGUOUS, UNSURE)
+    return tuple(change for change in changes if any(mark in change for mark in marks))
 
 
 def _dropped(reason: str, *, warns: bool = False) -> Fit:
-    return Fit(None, np.zeros((0, 0)), drop=reason, warns=warns)
+    return Fit(None, np.zeros((0, 0)), drop=reason, warnings=(reason,) if warns else ())

@@ -292,10 +292,11 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
         return
     named = {"ymd": "year-month-day", "dmy": "day-month-year", "mdy": "month-day-year"}
     order = next(iter(days))
-    if len(days) > 1 and matches[0][2] != ".":  # as in pandas; dates with dots always have the day first
+    # If both orders are possible, the day is first in dates with dots, and the month in others, as in pandas.
+    if len(days) > 1 and all(match[2] != "." for match in matches):
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
-    if len(days) > 1 and days["dmy"] != days["mdy"]:
+    if len(days) > 1 and order == "mdy" and days["dmy"] != days["mdy"]:
         note += f". {AMBIGUOUS[0].upper()}{AMBIGUOUS[1:]}: write year-month-day if the reading is wrong"
     yield _Numbers(days[order], _DAY, (note,))
 
@@ -321,6 +322,16 @@ def date_in_microseconds(text: str, order: str) -> int | None:
     match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
     time = None if match is None else _time(match, order)
     return None if time is None else _since_1970(time)
+
+
+def has_dots(text: str) -> bool:
+    """Returns whether a text has the form of a date with dots and the year last, such as "31.12.2020".
+
+    Args:
+      text: any text.
+    """
+    match = _YEAR_LAST.fullmatch(text)
+    return match is not None and match[2] == "."
 
 
 def _time(match: re.Match, order: str) -> datetime.datetime | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt import _files, _saving
+from metaopt.tasks._amounts import AMOUNTS, is_sign
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, as_text, positions, read_frame, read_values, unique_names
@@ -168,6 +169,10 @@ def fit_encoder(
       zone if and only if these rows have one: midnight of Monday in Berlin is Sunday in UTC.
     - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
+    - Amounts become numbers if all have the same sign before or after the number: $1,200, -€ 5, 1.234,50 €, 12 %. The
+      sign is one character of a currency, or "%", and 12 % becomes 12. All amounts of a column show which mark is the
+      decimal one. If 1,234 is all there is, the comma separates thousands. In 1.234, the point is the decimal mark, and
+      for currencies the log warns. New values without the sign, or with another one, count as missing.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
     - These values are missing: None, NaN, NaT, pandas.NA, the texts that `from_csv_folder` lists, and numbers beyond
@@ -216,7 +221,8 @@ def fit_encoder(
         for reason in (fit.drop,) if fit.code is None else fit.changes:
             action = "changed" if fit.code is not None else "dropped"
             notes.append(ColumnNote(name, action, reason))
-            _log.log(logging.WARNING if fit.warns else logging.INFO, "the column %r is %s: it %s", name, action, reason)
+            level = logging.WARNING if reason in fit.warnings else logging.INFO
+            _log.log(level, "the column %r is %s: it %s", name, action, reason)
         if fit.code is not None:
             codes.append(fit.code)
     return TableEncoder(table.names, table.named, table.numbered, tuple(codes), tuple(notes), max_levels)
@@ -274,9 +280,11 @@ def _check_encoder(encoder: TableEncoder) -> None:
     holds = holds and is_whole(encoder.max_levels, *(code.source for code in encoder.columns))
     holds = holds and all(is_text(*note) and note.action in ACTIONS for note in encoder.notes)
     for code in encoder.columns:
-        holds = holds and is_text(code.name, code.reading, *code.levels, *code.parts)
+        holds = holds and is_text(code.name, code.reading, code.sign, *code.levels, *code.parts)
         holds = holds and 0 <= code.source < len(encoder.input_names) and code.kind in KINDS
         holds = holds and code.reading in ("", *READINGS) and set(code.parts) <= set(PARTS)
+        is_amount = lambda code: code.kind == "number" and code.reading in AMOUNTS and is_sign(code.sign)
+        holds = holds and (not code.sign or is_amount(code))
         holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
         is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX
         holds = holds and is_number and len(set(code.levels)) == len(code.levels)

@@ -169,17 +169,8 @@ def prepare(
         table = Table("frame", "frame", frame.x, frame.y, frame.encoder.categorical, class_names=names)
     table, raw = _checked(table)
     rng = np.random.default_rng(seed)
-    index = _usable_rows(table, max_rows, max_classes, rng)
-    train, valid, test = _split(table.y, index, (valid_fraction, test_fraction), rng)
+    train, valid, test = _parts(table, max_rows, max_classes, (valid_fraction, test_fraction), rng)
     classes = np.unique(table.y[train])
-    if len(classes) < 2:
-        raise ValueError(f"table {table.name} has fewer than 2 classes.")
-    for name, fraction, rows in (("valid", valid_fraction, valid), ("test", test_fraction, test)):
-        if fraction > 0 and not len(rows):
-            raise ValueError(
-                f"table {table.name}: `{name}_fraction` {fraction} of {len(index)} rows leaves no {name} row, because "
-                "each class keeps a row to train on. Take a larger fraction or a larger table."
-            )
     used = np.concatenate([train, valid, test])
     fitted = fit_columns(
         table.x[train],
@@ -214,6 +205,23 @@ def prepare(
 def encode(x: np.ndarray, y: np.ndarray, categorical: np.ndarray) -> np.ndarray:
     """Encodes all rows of a table as `prepare` does by default: [n, D] float32, D = 0 if no column varies."""
     return fit_columns(x, categorical, y=y, max_features=128).transform(x)
+
+
+def _parts(
+    table: Table, max_rows: int, max_classes: int | None, fractions: tuple[float, float], rng
+) -> list[np.ndarray]:
+    """Returns the training, validation and test rows. Raises ValueError if they lack classes, or a part has no rows."""
+    index = _usable_rows(table, max_rows, max_classes, rng)
+    parts = _split(table.y, index, fractions, rng)
+    if len(np.unique(table.y[parts[0]])) < 2:
+        raise ValueError(f"table {table.name} has fewer than 2 classes.")
+    for name, fraction, rows in zip(("valid", "test"), fractions, parts[1:], strict=True):
+        if fraction > 0 and not len(rows):
+            raise ValueError(
+                f"table {table.name}: `{name}_fraction` {fraction} of {len(index)} rows leaves no {name} row, because "
+                "each class keeps a row to train on. Take a larger fraction or a larger table."
+            )
+    return parts
 
 
 def _usable_rows(table: Table, max_rows: int, max_classes: int | None, rng) -> np.ndarray:

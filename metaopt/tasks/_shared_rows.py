@@ -7,21 +7,18 @@ columns of one table are shuffled one by one, and the number of common rows befo
 import collections
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from metaopt.tasks._columns import looks_like_id
-
-if TYPE_CHECKING:
-    from metaopt.tasks._tables import Table
 
 _MIN_ROWS, _MIN_SHARE = 5, 0.1  # minimal number of shared rows, also as a share of the smaller table's different rows
 _MIN_RATIO = 4  # common rows / common rows after shuffling
 _MIN_VALUES = 10  # different values of a numeric column; with fewer, columns may be equal by chance
 
 
-def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
+def pairs_with_shared_rows(tables: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, int]]:
     """Finds tables that hold the same rows.
 
     Two rows are the same if they have the same values, in any order of the columns. It is enough if this is true of the
@@ -32,14 +29,14 @@ def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
     columns of the narrower table. This finds copies with an additional column.
 
     Args:
-      tables: any number.
+      tables: any number of pairs (`x`, `categorical`), the arrays of a `Table`.
 
     Returns:
       Positions (i, j) with i < j, sorted.
     """
     if len(tables) < 2:
         return []
-    inputs = [_informative(table) for table in tables]
+    inputs = [_informative(*table) for table in tables]
     pairs = set()
     for kind in ("ordered", "unordered", "numeric"):
         hashes = [np.unique(_row_hashes(x, categorical, kind)) for x, categorical in inputs]
@@ -59,12 +56,12 @@ def pairs_with_shared_rows(tables: Sequence["Table"]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def _informative(table: "Table") -> tuple[np.ndarray, np.ndarray]:
+def _informative(x: np.ndarray, categorical: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns x [n, d] float32 and categorical [d], without columns that look like ids if other columns remain."""
     with np.errstate(over="ignore"):  # `prepare` rejects such values
-        x = np.asarray(table.x).astype(np.float32) + np.float32(0)  # no -0.0
+        x = np.asarray(x).astype(np.float32) + np.float32(0)  # no -0.0
     x[np.isnan(x)] = np.nan  # one bit pattern
-    categorical = np.asarray(table.categorical, bool)
+    categorical = np.asarray(categorical, bool)
     kept = np.array([is_category or not _is_id(v) for is_category, v in zip(categorical, x.T, strict=True)], bool)
     return (x[:, kept], categorical[kept]) if kept.any() else (x, categorical)
 

@@ -135,7 +135,7 @@ def join_families(tables: Sequence[Table]) -> list[Table]:
       log names each pair of tables whose families were joined.
     """
     joined = {table.family: table.family for table in tables}  # family -> its name after joining
-    for i, j in pairs_with_shared_rows(tables):
+    for i, j in pairs_with_shared_rows([(table.x, table.categorical) for table in tables]):
         first, second = joined[tables[i].family], joined[tables[j].family]
         if first != second:
             _log.warning(

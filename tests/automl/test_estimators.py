@@ -264,7 +264,8 @@ def slow_table():
 @pytest.mark.once
 def test_a_model_that_kills_its_worker_costs_only_itself(slow_table, replace_lightgbm):
     replace_lightgbm("import os\nos._exit(1)")
-    options = QUICK | {"models": ("lightgbm", "extra_trees"), "n_jobs": 3}  # new workers: kept ones are of 2 jobs
+    # 3 jobs, so that loky starts new workers: those of earlier tests are kept for another number of jobs.
+    options = QUICK | {"models": ("lightgbm", "extra_trees"), "n_jobs": 3}
     # Extra trees come first. The last of their 7 folds runs next to LightGBM's first one, dies with it, and runs again.
     model = automl.AutoClassifier(**options).fit(*slow_table, groups=np.arange(800) % 7)
     assert list(model.leaderboard_["model"]) == ["extra_trees"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn import metrics
 
 import metaopt
 from metaopt import automl
@@ -160,3 +161,49 @@ def test_an_interval_is_saved_and_bad_arguments_are_rejected(tmp_path):
     for arguments, message in (({"num_new": 0}, "`num_new` must be at least 1"), ({"coverage": 1.0}, "`coverage`")):
         with pytest.raises(ValueError, match=message):
             model.score_interval(**arguments)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", None])
+def test_evaluate_computes_scikit_learns_metrics_and_the_t_interval_of_a_mean(metric):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 2))
+    y = np.array(["no", "yes"])[(x[:, 0] + rng.normal(size=300) > 0).astype(int)]
+    model = automl.AutoClassifier(**QUICK | {"eval_metric": metric}).fit(x[:150], y[:150])
+    new, truth = x[150:180], y[150:180]
+    table = model.evaluate(new, truth, coverage=0.9).set_index("metric")
+    assert table.index[0] == (metric or "log_loss") and len(table) == 4
+    probabilities, right = model.predict_proba(new), model.predict(new) == truth
+    assert table["value"].to_dict() == pytest.approx(
+        {
+            "log_loss": metrics.log_loss(truth, probabilities),
+            "accuracy": right.mean(),
+            "balanced_accuracy": metrics.balanced_accuracy_score(truth, model.predict(new)),
+            "roc_auc": metrics.roc_auc_score(truth, probabilities[:, 1]),
+        }
+    )
+    for name, losses in (
+        ("accuracy", right),
+        ("log_loss", -np.log(probabilities[range(30), model.classes_.searchsorted(truth)])),
+    ):
+        interval = stats.t.interval(0.9, 29, losses.mean(), stats.sem(losses))
+        assert table.loc[name, ["lower", "upper"]].tolist() == pytest.approx(interval)
+    with pytest.raises(ValueError, match="1 of 3 rows have a label that did not occur in `fit`, such as 'maybe'"):
+        model.evaluate(new[:3], ["no", "maybe", "yes"])
+
+
+def test_evaluate_has_the_units_of_the_target_and_groups_make_its_intervals_longer():
+    x, y, groups = _grouped(np.random.default_rng(0), 30, size=8)
+    y = 100 * y + 7
+    model = automl.AutoRegressor(**QUICK).fit(x[:120], y[:120], groups=groups[:120])
+    new, truth = x[120:], y[120:]
+    table = model.evaluate(new, truth).set_index("metric")
+    error = model.predict(new) - truth
+    expected = {"rmse": np.sqrt(np.mean(error**2)), "mae": np.abs(error).mean(), "r2": model.score(new, truth)}
+    assert table["value"].to_dict() == pytest.approx(expected)
+    assert (table["lower"] < table["value"]).all() and (table["value"] < table["upper"]).all()
+    by_group = model.evaluate(new, truth, groups=groups[120:]).set_index("metric")
+    assert by_group["value"].equals(table["value"])
+    length = lambda frame: (frame["upper"] - frame["lower"])["mae"]
+    assert length(by_group) > 1.5 * length(table)
+    one = model.evaluate(new[:1], truth[:1]).set_index("metric")
+    assert one.loc["mae", ["lower", "upper"]].tolist() == [0, np.inf]

@@ -216,11 +216,20 @@ def test_dates_whose_order_is_unknown_are_noted(caplog):
         encoder, x = fitted({"t": days})
         np.testing.assert_array_equal(x[:, 1], [1, 3])
         assert "the order of day and month is ambiguous" in reasons(encoder, "t")[0][1]
-        assert "ambiguous" in caplog.text  # a warning
+        (warning,) = caplog.messages  # the other note, that they become days and month, is only information
+        assert "ambiguous" in warning
         caplog.clear()
     encoder, _ = fitted({"t": ["1/1/2020", "2/2/2020"]})  # both readings agree
     assert "ambiguous" not in reasons(encoder, "t")[0][1] and not caplog.text
-    np.testing.assert_array_equal(fitted({"t": ["1.2.2020", "3.4.2020"]})[1][:, 1], [2, 4])
+    for days in (["1.2.2020", "3.4.2020"], ["1/2/2020", "3.4.2020"]):  # dots have the day first
+        encoder, x = fitted({"t": days})
+        np.testing.assert_array_equal(x[:, 1], [2, 4])
+        assert "ambiguous" not in reasons(encoder, "t")[0][1] and not caplog.text
+    _, x = fitted({"t": ["1/2/2020 10:00:00.5", "3/4/2020 10:00:00.5"]})  # dots of seconds
+    np.testing.assert_array_equal(x[:, 1], [1, 3])
+    assert "ambiguous" in caplog.text
+    _, x = fitted({"t": ["12.31.2020", "3.4.2020"]})  # the first date has no other order
+    np.testing.assert_array_equal(x[:, 1], [12, 3])
 
 
 def test_none_is_a_level_and_markers_are_missing():

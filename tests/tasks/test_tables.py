@@ -215,7 +215,7 @@ COLUMNS = {
     "month_or_day_first": (["01/02/2020", "02/02/2020", "03/02/2020", "03/02/2020"], NUMERIC,
                            [18263, 18294, 18323, 18323], "The order of day and month is ambiguous"),
     "dots_have_the_day_first": (["01.02.2020", "02.02.2020", "03.02.2020", "03.02.2020"], NUMERIC,
-                                [18293, 18294, 18295, 18295], "The order of day and month is ambiguous"),
+                                [18293, 18294, 18295, 18295], "'01.02.2020' is read as day-month-year\n"),
     "both_orders": (["31/12/2020", "12/31/2020", "31/12/2020", "1/1/2020"], CATEGORICAL, [2, 1, 2, 0],
                     "different orders of day, month and year"),
     "no_such_day": (["2021-02-29", "2021-02-28", "2021-02-28", "2021-02-27"], CATEGORICAL, [2, 1, 1, 0],

@@ -1,0 +1,97 @@
+"""The report of a fit: columns that were changed or dropped, and columns that may be leaks of the target."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from metaopt import tasks
+from metaopt.automl._schedule import Clock
+
+_log = logging.getLogger(__name__)
+
+_LEAK_BLOCK = 20  # columns between two looks at the clock
+_MIN_GROUPS, _MOST_COLUMNS = 10, 100
+
+
+def report_frame(encoder: tasks.TableEncoder, leaks: tuple[str, ...], groups: tuple[str, ...]) -> pd.DataFrame:
+    """The notes of an encoder, and the columns that may be leaks or groups: column, action and reason."""
+    leak = "predicts the target almost perfectly: is it known before the target is?"
+    group = (
+        "may name groups: rows with equal values are equal in other columns, too. If they belong together, such as "
+        "visits of a patient, pass this column as `groups`"
+    )
+    suspected = [(name, "suspected", reason) for names, reason in ((leaks, leak), (groups, group)) for name in names]
+    notes = [*encoder.notes, *suspected]
+    return pd.DataFrame(notes, columns=["column", "action", "reason"])
+
+
+def suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:
+    """Searches the columns in blocks, until a fifth of the time limit is over."""
+    names, suspected = encoder.names, ()
+    for start in range(0, len(names), _LEAK_BLOCK):
+        if start and clock.left() < 0.8 * (clock.limit or 0):
+            message = "the last %d columns were not searched for leaks, because the time limit is short"
+            _log.info(message, len(names) - start)
+            break
+        block = slice(start, start + _LEAK_BLOCK)
+        suspected += tasks.suspected_leaks(x[:, block], y, names[block], encoder.categorical[block])
+    for name in suspected:
+        _log.warning(
+            "the column %r predicts the target almost perfectly. If it is not known when you predict, leave it out.",
+            name,
+        )
+    return suspected
+
+
+def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, ...]:
+    """Finds a column that may name groups of rows, such as patients with several visits.
+
+    Its values are whole numbers or categories. There are at least 10 different ones, each has two rows on average, and
+    four fifths have at least two. At least two other columns, the traits, are constant in the groups (in 98 % of pairs
+    of rows). One of them is a number, none has one value in 90 % of the rows, and none rises or falls with the name. At
+    least half of the groups differ in their traits. Parts of dates count as neither. Tables with more than 100 columns
+    are not searched.
+
+    Args:
+      x: [n, d], the result of `TableEncoder.transform`.
+      encoder: the encoder.
+
+    Returns:
+      The name of the column with most traits, or () if there is none.
+    """
+    codes = [code for code in encoder.columns for _ in code.parts or ("",)]
+    if len(codes) > _MOST_COLUMNS:
+        return ()
+    x = np.where(np.isnan(x), -1.0, x)
+    varied = [np.unique(column, return_counts=True)[1].max() <= 0.9 * len(x) for column in x.T]
+    usable = [j for j, code in enumerate(codes) if code.kind != "time" and varied[j]]
+    num_traits = {
+        j: _num_traits(x[:, usable], usable.index(j), codes[j], [codes[k].kind for k in usable]) for j in usable
+    }
+    best = max(usable, key=num_traits.__getitem__, default=-1)
+    return (encoder.names[best],) if best >= 0 and num_traits[best] else ()
+
+
+def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
+    """The number of traits of the groups of column j, or 0 if it does not name groups."""
+    known = x[:, j] >= 0
+    if code.levels[-1:] == ("(other)",):
+        known &= x[:, j] < len(code.levels) - 1
+    x = x[known]
+    x = x[np.argsort(x[:, j], kind="stable")]
+    values, first, sizes = np.unique(x[:, j], return_index=True, return_counts=True)
+    is_name = (
+        _MIN_GROUPS <= len(values) <= len(x) / 2 and (sizes > 1).mean() >= 0.8 and (values == values.round()).all()
+    )
+    if not is_name:
+        return 0
+    is_pair = np.diff(x[:, j]) == 0
+    traits = [k for k in range(len(kinds)) if k != j and (np.diff(x[:, k]) == 0)[is_pair].mean() >= 0.98]
+    # A column that rises or falls with the name, such as its square, is computed from it.
+    steps = np.diff(x[first], axis=0)
+    traits = [k for k in traits if steps[:, k].min() < 0 < steps[:, k].max()]
+    num_different = len(np.unique(x[first][:, traits], axis=0)) if traits else 0
+    has_number = any(kinds[k] == "number" for k in traits)
+    return len(traits) if len(traits) > 1 and has_number and num_different >= len(values) / 2 else 0

@@ -1,0 +1,63 @@
+"""Amounts in texts: numbers with one sign of a currency or of percent, such as "€ 1,234.50" or "12 %"."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+
+from metaopt.tasks._columns import number_with_separators
+
+AMOUNTS = ("number", "thousands", "decimal_comma")  # the readings of what is left without the sign
+UNSURE = "if the point separates thousands, remove it"
+_ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}")  # "1,234" may be 1234 or 1.234
+
+
+def is_sign(text: str) -> bool:
+    """Returns whether a text is one sign of a currency, or "%".
+
+    Args:
+      text: any text.
+    """
+    return text == "%" or (len(text) == 1 and unicodedata.category(text) == "Sc")
+
+
+def common_sign(texts: Iterable[str]) -> str:
+    """Returns the most frequent sign at the start or the end of texts, or "" if more texts have none.
+
+    Args:
+      texts: at least one, such as "€ 5", "-5 €" or "12%".
+    """
+    signs = (next(filter(is_sign, (text.lstrip("+-")[:1], text[-1:])), "") for text in texts)
+    return Counter(signs).most_common(1)[0][0]
+
+
+def without_sign(text: str, sign: str) -> str | None:
+    """Returns the number of an amount as a text, or None if it does not have the sign exactly once.
+
+    Args:
+      text: such as "-€ 5".
+      sign: such as "€".
+    """
+    sign = re.escape(sign)
+    match = re.fullmatch(rf"([+-]?)(?:{sign}\s*(\S+)|(\S+)\s*{sign})", text)
+    return None if match is None else match[1] + (match[2] or match[3]).strip()
+
+
+def describe(texts: list[str], sign: str, reading: str) -> str:
+    """Describes how amounts are read, for a note.
+
+    Args:
+      texts: the amounts, all of which have the sign.
+      sign: the sign.
+      reading: one of `AMOUNTS`.
+
+    Returns:
+      The description. It has an example, and contains `UNSURE` if all points may separate thousands.
+    """
+    numbers = {text: without_sign(text, sign) or "" for text in texts}
+    marked = [text for text, number in numbers.items() if "," in number or "." in number]
+    example = marked[0] if marked else texts[0]
+    value = number_with_separators(numbers[example], "," if reading == "decimal_comma" else ".")
+    is_ambiguous = marked and all(_ONE_GROUP.fullmatch(numbers[text]) for text in marked)
+    unsure = f"; {UNSURE}" if reading == "number" and sign != "%" and is_ambiguous else ""
+    return f"is text that holds numbers with the sign {sign!r} ({example!r} is read as {value}{unsure})"

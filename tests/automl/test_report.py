@@ -1,0 +1,74 @@
+"""The column of groups that the report of a fit suggests."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import datasets
+
+import metaopt
+from metaopt import automl, tasks
+from metaopt.automl import _report
+
+QUICK = {"time_limit": None, "models": "linear", "preset": "instant", "n_jobs": 1, "verbose": False}
+
+
+def visits(num=30, size=4):
+    """Patients with several visits: age and sex are those of the patient, and x differs between visits."""
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(num), size)
+    traits = {"sex": rng.choice(["f", "m"], num)[patient], "age": rng.integers(20, 80, num)[patient]}
+    return pd.DataFrame({"patient": 1000 + 7 * patient, **traits, "x": rng.normal(size=num * size)})
+
+
+def suspected(frame):
+    encoder = tasks.fit_encoder(frame)
+    return _report.suspected_groups(encoder.transform(frame), encoder)
+
+
+def test_the_report_names_the_column_of_groups(tmp_path):
+    frame = visits()
+    model = automl.AutoRegressor(**QUICK).fit(frame, frame["x"] + frame["age"])
+    metaopt.save(tmp_path / "model.npz", model)
+    for each in (model, metaopt.load(tmp_path / "model.npz")):
+        assert each.suspected_groups_ == ("patient",)
+        column, action, reason = each.report_.iloc[-1]
+        assert (column, action) == ("patient", "suspected") and "pass this column as `groups`" in reason
+    assert model.fit(frame, frame["x"], groups="patient").suspected_groups_ == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda frame: frame.assign(patient=frame["patient"].map("p{}".format)), ("patient",)),
+        (
+            lambda frame: frame.assign(day=pd.Timestamp("2020-01-01") + pd.to_timedelta(np.arange(120), "D")),
+            ("patient",),
+        ),
+        (lambda frame: frame.assign(age=frame["age"].where(frame.index != 7, 99)), ("patient",)),  # one error
+        (lambda frame: frame.assign(patient=frame["patient"] + 0.5), ()),
+        (lambda frame: frame.drop(columns="sex"), ()),  # one trait
+        (lambda frame: frame.drop(columns="age").assign(old=frame["sex"] == "f", size="a" + frame["sex"]), ()),
+        (lambda frame: frame.assign(age=frame["age"] + frame.index % 2), ()),  # it differs between visits
+        (lambda frame: frame.assign(age=("a" + (frame["age"] // 4).astype(str))), ()),  # no trait is a number
+        (lambda frame: frame.assign(patient=pd.Timestamp(0) + pd.to_timedelta(frame["patient"], "D")), ()),  # dates
+        (lambda frame: frame.assign(age=frame["patient"] ** 2), ()),  # a function of the number
+        (lambda frame: frame.iloc[:36], ()),  # nine patients
+        (lambda frame: frame.iloc[::4], ()),  # one visit each
+        (lambda frame: frame.assign(sex=np.where(frame["patient"] == 1070, "f", "m")), ()),  # nearly constant
+        (lambda frame: frame.assign(age=(frame["age"] > 50) * 1.5), ()),  # many patients have equal traits
+        (lambda frame: frame.join(pd.DataFrame(np.random.default_rng(1).normal(size=(120, 98)))), ()),
+    ],
+)
+def test_groups_have_many_rows_and_traits(change, expected):
+    assert suspected(change(visits())) == expected
+
+
+def test_rare_patients_do_not_hide_the_others():
+    frame = visits().assign(patient=lambda frame: frame["patient"].map("p{}".format))
+    frame.loc[::12, "patient"] = [f"once {k}" for k in range(10)]
+    assert suspected(frame) == ("patient",)
+
+
+def test_ordinary_tables_have_no_groups():
+    loaders = (datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer, datasets.load_diabetes)
+    assert [suspected(load(as_frame=True).data) for load in (*loaders, datasets.load_digits)] == [()] * 5

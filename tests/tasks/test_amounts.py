@@ -1,0 +1,112 @@
+"""Amounts in `fit_encoder`: numbers next to one sign of a currency or of percent."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+import metaopt
+from metaopt import tasks
+
+
+def fitted(texts):
+    encoder = tasks.fit_encoder({"a": texts})
+    return encoder, encoder.transform({"a": texts})[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers"),
+    [
+        (["€ 1,234.50", "€950", "-€ 5", "€-6"], [1234.5, 950, -5, -6]),
+        (["$1,200", "$3.5", None, "None", "$1e3"], [1200, 3.5, np.nan, np.nan, 1000]),
+        (["12 %", "3.5%", "-1%"], [12, 3.5, -1]),
+        (["1.234,50 €", "950 €", "1.000 €"], [1234.5, 950, 1000]),
+        (["5\xa0€", "12,50\u202f€", "-3 €"], [5, 12.5, -3]),
+        (["12,5 %", "1,234 %"], [12.5, 1.234]),  # the first one shows that the comma is a decimal one
+        (["1.234 €", "1.234.567 €"], [1234, 1234567]),
+        (["£1,234", "£2,345"], [1234, 2345]),  # as in "1,234" without a sign
+        (["₹ 1", "2 ₹"], [1, 2]),
+        (["-€ 5", "-€ 6"], [-5, -6]),
+        ([f"{k}.5" for k in range(30)] + ["€ 5"], [k + 0.5 for k in range(30)] + [np.nan]),  # a word among numbers
+    ],
+)
+def test_amounts_become_numbers(texts, numbers):
+    encoder, x = fitted(texts)
+    np.testing.assert_array_equal(x, numbers)
+    assert not encoder.categorical.any() and encoder.columns[0].kind == "number"
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["5 $", "5 €"],
+        ["€ 5", "6"],
+        ["€ 5 €", "€ 6 €"],
+        ["€ 5 6", "€ 7 8"],
+        ["%", "a %"],
+        ["€ 2020-01-31", "€ 2021-02-28"],
+        ["5 kg", "6 kg"],
+    ],
+)
+def test_other_texts_with_signs_stay_categories(texts):
+    encoder, _ = fitted(texts * 2)
+    assert encoder.categorical.all() and encoder.columns[0].sign == ""
+
+
+def test_a_price_column_of_different_values_is_no_id(caplog):
+    prices = np.random.default_rng(0).permutation(200) + 100  # without the sign, they number the rows
+    texts = [f"€ {price}" for price in prices]
+    np.testing.assert_array_equal(fitted(texts)[1], prices)
+    texts[3] = texts[5] = "on request"
+    assert not caplog.messages
+    encoder, x = fitted(texts)
+    assert np.flatnonzero(np.isnan(x)).tolist() == [3, 5]
+    (note,) = encoder.notes
+    assert note.reason == (
+        f"is text that holds numbers with the sign '€' ('{texts[0]}' is read as {prices[0]}), except 2 values such as "
+        "'on request', which count as missing"
+    )
+    assert note.reason in caplog.text
+    texts[:30] = ["on request"] * 30  # too many words
+    assert fitted(texts)[0].columns == () or fitted(texts)[0].categorical.all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "example", "warns"),
+    [
+        (["950 €", "1.234 €"], "('1.234 €' is read as 1.234; if the point separates thousands, remove it)", True),
+        (["1.234 €", "1.50 €"], "('1.234 €' is read as 1.234)", False),  # the second one has a decimal point
+        (["$950", "$1,234"], "('$1,234' is read as 1234)", False),
+        (["1.234 %", "2.345 %"], "('1.234 %' is read as 1.234)", False),  # shares often have three decimals
+    ],
+)
+def test_the_note_shows_how_a_mark_is_read(texts, example, warns, caplog):
+    with caplog.at_level(logging.INFO):
+        encoder, _ = fitted(texts)
+    assert encoder.notes[0].reason.endswith(example)
+    (record,) = caplog.records
+    assert example in record.getMessage() and (record.levelname == "WARNING") == warns
+
+
+def test_new_amounts_are_read_in_the_same_way_and_other_signs_are_missing(caplog, tmp_path):
+    encoder, _ = fitted(["1.234,50 €", "950 €"])
+    metaopt.save(tmp_path / "encoder.json", encoder)
+    for each in (encoder, metaopt.load(tmp_path / "encoder.json")):
+        assert each == encoder and each.columns[0].sign == "€"
+        new = ["1.500 €", "€ 2,5", "3", "4 $", "5 %", None]  # "1.500" alone would be 1.5
+        caplog.clear()
+        np.testing.assert_array_equal(each.transform({"a": new})[:, 0], [1500, 2.5, *[np.nan] * 4])
+        message = "3 of 6 values that are not numbers with decimal commas next to the sign '€'; they count as missing"
+        assert f"{message} (such as '3')" in caplog.text
+    for numbers in ([3, 4], [0.5, np.nan], [True, False]):  # the unit of a number without a sign is not known
+        caplog.clear()
+        assert np.isnan(encoder.transform({"a": numbers})).all() and "next to the sign '€'" in caplog.text
+
+
+@pytest.mark.parametrize(("key", "value"), [("sign", "EUR"), ("sign", 1), ("reading", "ymd"), ("kind", "boolean")])
+def test_a_damaged_sign_is_rejected(key, value):
+    state = json.loads(json.dumps(fitted(["€ 5", "€ 6"])[0].state()))
+    state["columns"][0][key] = value
+    with pytest.raises(ValueError, match="do not fit each other"):
+        tasks.TableEncoder.from_state(state)
