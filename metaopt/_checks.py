@@ -55,8 +55,9 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
     if optional and value is None:
         return
     try:
-        value = np.asarray(value) if isinstance(value, jax.Array) else value  # within jit, a comparison is traced
-        is_valid = value >= 0 if zero else value > 0
+        is_array = isinstance(value, jax.Array) and not isinstance(value, Tracer)
+        number = np.asarray(value) if is_array else value  # within jit, JAX would trace the comparison
+        is_valid = number >= 0 if zero else number > 0
     except TypeError:  # not a number
         is_valid = False
     if not is_valid:
@@ -198,7 +199,6 @@ def check_task_labels(name: str, tasks: base.PyTree) -> None:
     Raises:
       ValueError: under the conditions of `check_labels`.
     """
-
     for path, part in _parts_with_labels(tasks, with_classes=True):
         shape, classes = np.shape(part["y"]), np.shape(part["class_mask"])
         fits = classes and shape[: len(classes) - 1] == classes[:-1] and len(shape) >= len(classes)

@@ -371,10 +371,12 @@ def _numbers(target: Any) -> Any:
         encoder = tasks.fit_encoder({"target": target}, keep=("target",))
     if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
         return target
-    if encoder.columns[0].sign or encoder.columns[0].reading not in ("", "number"):
-        print(f"The target {target.name!r} {encoder.notes[0].reason}.", file=sys.stderr)
     shifted = encoder.transform({"target": target})[:, 0]
     values = shifted + encoder.columns[0].offset
+    for text, value in zip(target, values, strict=True):
+        if isinstance(text, str) and (encoder.columns[0].sign or "," in text or "." in text) and value == value:
+            print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.", file=sys.stderr)
+            break
     num_classes = len(np.unique(shifted))
     if len(np.unique(values)) < num_classes <= _MOST_CLASSES:
         return target.where(~np.isnan(shifted))

@@ -181,12 +181,15 @@ class _AutoEstimator(TableEstimator, abc.ABC):
 
         Returns:
           A frame with "metric", "value", "lower" and "upper"; `eval_metric` is in the first row. Losses are positive,
-          so a smaller "log_loss", "rmse" or "mae" is better. "rmse" and "mae" are in units of the target.
+          so a smaller "log_loss", "rmse" or "mae" is better. "rmse" and "mae" are in units of the target. "roc_auc" is
+          NaN if the rows have one class. An interval of length 0, such as [1, 1] without any error, does not mean that
+          the metric is certain: for n rows without an error, the error rate may still be 3/n.
 
         Raises:
           ValueError: if the arrays do not fit together, or a label did not occur in `fit`.
         """
         check_is_fitted(self, "ensemble_")
+        _arguments.warn_of_other_order(X, y=y, groups=groups)
         num_rows = len(as_frame(X))
         codes = self._target_codes(_arguments.target(y, num_rows))
         units = None if groups is None else _arguments.group_codes(groups, num_rows)

@@ -79,14 +79,15 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     known = x[:, j] >= 0
     if code.levels[-1:] == ("(other)",):
         known &= x[:, j] < len(code.levels) - 1
-    x = x[known]
-    x = x[np.argsort(x[:, j], kind="stable")]
-    values, first, sizes = np.unique(x[:, j], return_index=True, return_counts=True)
+    names = x[known, j]
+    values, sizes = np.unique(names, return_counts=True)
     is_name = (
-        _MIN_GROUPS <= len(values) <= len(x) / 2 and (sizes > 1).mean() >= 0.8 and (values == values.round()).all()
+        _MIN_GROUPS <= len(values) <= len(names) / 2 and (sizes > 1).mean() >= 0.8 and (values == values.round()).all()
     )
     if not is_name:
         return 0
+    x = x[known][np.argsort(names, kind="stable")]
+    first = np.unique(x[:, j], return_index=True)[1]
     is_pair = np.diff(x[:, j]) == 0
     traits = [k for k in range(len(kinds)) if k != j and (np.diff(x[:, k]) == 0)[is_pair].mean() >= 0.98]
     # A column that rises or falls with the name, such as its square, is computed from it.

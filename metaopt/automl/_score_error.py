@@ -98,6 +98,9 @@ def evaluation(
     results = []
     for metric in metrics:
         value = score(metric, predicted, Target(rows.y, rows.weight))
+        if metric == "roc_auc" and len(np.unique(rows.y)) < 2:  # it is not defined
+            results.append((metric, math.nan, math.nan, math.nan))
+            continue
         lower, upper = score_interval(value, score_error(rows, predicted, metric, seed), metric, coverage, None)
         if metric in _BEST:  # a loss, whose score is negative
             factor = -1.0 if metric == "log_loss" else -unit

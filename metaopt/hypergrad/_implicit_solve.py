@@ -152,5 +152,5 @@ def _joined(tree: base.PyTree) -> base.PyTree:
     JAX cannot transpose `custom_linear_solve` if it sees that a leaf of b is constant: that of a leaf of θ on which λ
     has no direct effect.
     """
-    total = optax.tree.sum(jax.tree.map(jnp.real, tree))
+    total = sum((jnp.real(leaf).sum().astype(jnp.float32) for leaf in jax.tree.leaves(tree)), start=jnp.zeros([]))
     return jax.tree.map(lambda leaf: jnp.where(False, jnp.asarray(total, leaf.dtype), leaf), tree)

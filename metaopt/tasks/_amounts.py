@@ -7,8 +7,12 @@ from collections.abc import Iterable
 
 from metaopt.tasks._columns import number_with_separators
 
-AMOUNTS = ("number", "thousands", "decimal_comma")  # the readings of what is left without the sign
-UNSURE = "if the point separates thousands, remove it"
+# The readings of what is left without the sign, the most likely first. "thousands" also reads numbers without a
+# separator. Percentages rarely have thousands, so "12,345 %" is below 13.
+_AMOUNTS = ("thousands", "decimal_comma")
+_PERCENTAGES = ("number", "decimal_comma", "thousands")
+UNSURE = "if this is wrong, remove separators of thousands, and write a point as the decimal mark"
+_COMMA_GROUPS = "$£¥₹"  # their amounts have commas between thousands
 _ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}")  # "1,234" may be 1234 or 1.234
 
 
@@ -19,6 +23,15 @@ def is_sign(text: str) -> bool:
       text: any text.
     """
     return text == "%" or (len(text) == 1 and unicodedata.category(text) == "Sc")
+
+
+def readings(sign: str) -> tuple[str, ...]:
+    """Returns the readings of amounts with a sign, the most likely first.
+
+    Args:
+      sign: a sign.
+    """
+    return _PERCENTAGES if sign == "%" else _AMOUNTS
 
 
 def common_sign(texts: Iterable[str]) -> str:
@@ -49,15 +62,17 @@ def describe(texts: list[str], sign: str, reading: str) -> str:
     Args:
       texts: the amounts, all of which have the sign.
       sign: the sign.
-      reading: one of `AMOUNTS`.
+      reading: one of `readings(sign)`.
 
     Returns:
-      The description. It has an example, and contains `UNSURE` if all points may separate thousands.
+      The description. It has an example, and contains `UNSURE` if each mark may separate thousands or be the decimal
+      mark, and the sign does not show which.
     """
     numbers = {text: without_sign(text, sign) or "" for text in texts}
     marked = [text for text, number in numbers.items() if "," in number or "." in number]
     example = marked[0] if marked else texts[0]
     value = number_with_separators(numbers[example], "," if reading == "decimal_comma" else ".")
     is_ambiguous = marked and all(_ONE_GROUP.fullmatch(numbers[text]) for text in marked)
-    unsure = f"; {UNSURE}" if reading == "number" and sign != "%" and is_ambiguous else ""
+    is_known = sign == "%" or (sign in _COMMA_GROUPS and "," in numbers[example])
+    unsure = f"; {UNSURE}" if is_ambiguous and not is_known else ""
     return f"is text that holds numbers with the sign {sign!r} ({example!r} is read as {value}{unsure})"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.tasks._amounts import AMOUNTS, UNSURE, common_sign, describe, without_sign
+from metaopt.tasks._amounts import UNSURE, common_sign, describe, readings, without_sign
 from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
@@ -399,14 +399,14 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
     sample = list(counts)[:_SAMPLE_SIZE]
     sign = common_sign(sample)
     best, most = "", 0
-    for reading in AMOUNTS if sign else READINGS:
+    for reading in readings(sign) if sign else READINGS:
         read = _reader(reading, sign)
         # Reading all texts takes long, so a reading must first succeed for half of a sample.
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):
             continue
         num_read = sum(count for text, count in counts.items() if read(text) is not None)
-        # If both orders are possible, the day is first in dates with dots, and the month in others.
-        if num_read > most or (num_read == most and reading == "dmy" and any(map(has_dots, counts))):
+        # If both orders are possible, the day is first if all dates have dots, and otherwise the month.
+        if num_read > most or (num_read == most and reading == "dmy" and all(map(has_dots, counts))):
             best, most = reading, num_read
         if most == num_rows and reading != "mdy":  # after "mdy", "dmy" may be the right reading of the same dates
             break

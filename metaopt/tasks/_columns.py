@@ -292,8 +292,8 @@ def _dates(matches: list[re.Match], orders: tuple[str, ...]) -> Iterator[_Number
         return
     named = {"ymd": "year-month-day", "dmy": "day-month-year", "mdy": "month-day-year"}
     order = next(iter(days))
-    # If both orders are possible, the day is first in dates with dots, and the month in others, as in pandas.
-    if len(days) > 1 and all(match[2] != "." for match in matches):
+    # If both orders are possible, the day is first if all dates have dots, and otherwise the month, as in pandas.
+    if len(days) > 1 and any(match[2] != "." for match in matches):
         order = "mdy"
     note = f"has dates; they become days since 1970, and {matches[0][0]!r} is read as {named[order]}"
     if len(days) > 1 and order == "mdy" and days["dmy"] != days["mdy"]:

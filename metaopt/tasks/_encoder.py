@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt import _files, _saving
-from metaopt.tasks._amounts import AMOUNTS, is_sign
+from metaopt.tasks._amounts import is_sign, readings
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, as_text, positions, read_frame, read_values, unique_names
@@ -283,7 +283,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
         holds = holds and is_text(code.name, code.reading, code.sign, *code.levels, *code.parts)
         holds = holds and 0 <= code.source < len(encoder.input_names) and code.kind in KINDS
         holds = holds and code.reading in ("", *READINGS) and set(code.parts) <= set(PARTS)
-        is_amount = lambda code: code.kind == "number" and code.reading in AMOUNTS and is_sign(code.sign)
+        is_amount = lambda code: code.kind == "number" and is_sign(code.sign) and code.reading in readings(code.sign)
         holds = holds and (not code.sign or is_amount(code))
         holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
         is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX

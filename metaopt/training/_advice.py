@@ -13,23 +13,23 @@ _log = logging.getLogger(__name__)
 _NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
 
 
-def logged(far_from_rest: bool, run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> bool:
+def logged(warned: frozenset[str], run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> frozenset[str]:
     """Logs the warnings that are due after a program of `num` steps, each at most once in a run of `fit`.
 
     Args:
-      far_from_rest: whether the warning of an implicit rule far from rest was logged before.
+      warned: which warnings of implicit rules were logged before: "rest", "solve".
       run: the run after these steps.
       num: the number of steps that the program took.
       num_steps: the number of steps of the whole run.
       hyperparams: the initial λ.
 
     Returns:
-      Whether the warning of an implicit rule far from rest has been logged, now or before.
+      `warned` with the warnings of implicit rules that have been logged now.
     """
     first = min(_NUM_FIRST, num_steps)
     if run.step - num < first <= run.step:
         _log_unmoved(run, hyperparams)
-    return far_from_rest or _logged_rest(run, num, num_steps)
+    return warned | _logged_implicit(warned, run, num, num_steps)
 
 
 def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
@@ -54,17 +54,21 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
         )
 
 
-def _logged_rest(run: Run, num: int, num_steps: int) -> bool:
-    """Logs a warning if an implicit rule runs far from rest, or its solve fails. Checks every 100 steps and at the end.
+def _logged_implicit(warned: frozenset[str], run: Run, num: int, num_steps: int) -> frozenset[str]:
+    """Logs a warning if an implicit rule runs far from rest, and one if its solve fails, each at most once.
+
+    It checks every 100 steps, and at the end.
 
     Returns:
-      Whether it logged the warning.
+      The names of the warnings that it logged.
     """
     if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
-        return False
+        return frozenset()
     with np.errstate(over="ignore"):  # a diverging loss
         recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
-    message = _checks.advice_on_implicit_rules(recent)
-    if message:
-        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, message)
-    return bool(message)
+    far = _checks.far_from_rest(recent)
+    texts = {"rest": [*far, *[_checks.REST_ADVICE] * bool(far)], "solve": _checks.useless_solves(recent)}
+    new = frozenset(name for name, sentences in texts.items() if sentences and name not in warned)
+    for name in sorted(new):
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, " ".join(texts[name]))
+    return new

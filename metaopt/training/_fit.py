@@ -199,7 +199,7 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, metrics, warned, signal_number, callbacks = run.step, [], False, 0, _listed(callback)
+        first_step, metrics, warned, signal_number, callbacks = run.step, [], frozenset(), 0, _listed(callback)
         try:
             while True:
                 try:  # evaluate; report, even after an error; then save, so that a resumed run repeats neither

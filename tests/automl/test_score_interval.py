@@ -1,6 +1,7 @@
 """`score_interval`: closed forms, coverage of known scores with and without groups, and saved intervals."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn import metrics
@@ -189,6 +190,19 @@ def test_evaluate_computes_scikit_learns_metrics_and_the_t_interval_of_a_mean(me
         assert table.loc[name, ["lower", "upper"]].tolist() == pytest.approx(interval)
     with pytest.raises(ValueError, match="1 of 3 rows have a label that did not occur in `fit`, such as 'maybe'"):
         model.evaluate(new[:3], ["no", "maybe", "yes"])
+    one_class = model.evaluate(new[truth == "yes"], truth[truth == "yes"]).set_index("metric")
+    assert one_class.loc["roc_auc"].isna().all() and one_class.drop(index="roc_auc").notna().all(axis=None)
+
+
+def test_evaluate_warns_of_targets_in_another_order(caplog):
+    x = pd.DataFrame(np.random.default_rng(0).normal(size=(80, 2)), columns=["a", "b"])
+    y = x["a"] > 0
+    model = automl.AutoClassifier(**QUICK).fit(x, y)
+    caplog.clear()
+    model.evaluate(x, y)
+    assert not caplog.messages
+    model.evaluate(x, y.sample(frac=1, random_state=0))
+    assert "in another order" in caplog.text
 
 
 def test_evaluate_has_the_units_of_the_target_and_groups_make_its_intervals_longer():

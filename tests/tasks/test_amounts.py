@@ -8,6 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import tasks
+from metaopt.tasks._amounts import UNSURE
 
 
 def fitted(texts):
@@ -24,6 +25,8 @@ def fitted(texts):
         (["1.234,50 €", "950 €", "1.000 €"], [1234.5, 950, 1000]),
         (["5\xa0€", "12,50\u202f€", "-3 €"], [5, 12.5, -3]),
         (["12,5 %", "1,234 %"], [12.5, 1.234]),  # the first one shows that the comma is a decimal one
+        (["12,345 %", "1,234 %", "5 %"], [12.345, 1.234, 5]),  # percentages rarely have thousands
+        (["1,234.5 %", "5 %"], [1234.5, 5]),
         (["1.234 €", "1.234.567 €"], [1234, 1234567]),
         (["£1,234", "£2,345"], [1234, 2345]),  # as in "1,234" without a sign
         (["₹ 1", "2 ₹"], [1, 2]),
@@ -75,7 +78,9 @@ def test_a_price_column_of_different_values_is_no_id(caplog):
 @pytest.mark.parametrize(
     ("texts", "example", "warns"),
     [
-        (["950 €", "1.234 €"], "('1.234 €' is read as 1.234; if the point separates thousands, remove it)", True),
+        (["950 €", "1.234 €"], f"('1.234 €' is read as 1.234; {UNSURE})", True),
+        (["€ 1,459", "€ 1,379"], f"('€ 1,459' is read as 1459; {UNSURE})", True),
+        (["12,345 %", "1,234 %"], "('12,345 %' is read as 12.345)", False),
         (["1.234 €", "1.50 €"], "('1.234 €' is read as 1.234)", False),  # the second one has a decimal point
         (["$950", "$1,234"], "('$1,234' is read as 1234)", False),
         (["1.234 %", "2.345 %"], "('1.234 %' is read as 1.234)", False),  # shares often have three decimals
@@ -87,6 +92,11 @@ def test_the_note_shows_how_a_mark_is_read(texts, example, warns, caplog):
     assert encoder.notes[0].reason.endswith(example)
     (record,) = caplog.records
     assert example in record.getMessage() and (record.levelname == "WARNING") == warns
+
+
+def test_a_new_amount_may_be_the_first_one_with_a_separator_of_thousands():
+    encoder, _ = fitted(["$950", "$20"])
+    np.testing.assert_array_equal(encoder.transform({"a": ["$1,234", "$1.5"]})[:, 0], [1234, 1.5])
 
 
 def test_new_amounts_are_read_in_the_same_way_and_other_signs_are_missing(caplog, tmp_path):

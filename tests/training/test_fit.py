@@ -237,6 +237,20 @@ def test_compiles_once_for_each_shape_of_tasks():
     assert sorted(traces) == [(3,), (4,)]
 
 
+def test_a_failed_linear_solve_is_reported_after_the_warning_of_rest(caplog):
+    def estimate(hyperparams, task, state):
+        residual = jnp.where(state < 150, 0.0, 9.0)  # the solve fails from step 150 on
+        metrics = {"inner_grad_norm": jnp.ones([]), "outer_grad_norm": jnp.ones([]), "adjoint_residual": residual}
+        return base.Estimate(hyperparams, hyperparams, jnp.array(False), metrics), state + 1
+
+    estimator = base.Estimator(lambda key, hyperparams, task: jnp.zeros([], jnp.int32), estimate, kind="biased")
+    learner = training.learner(estimator, optax.sgd(0.1))
+    training.fit(learner, lambda key: 1.0, hyperparams=3.0, num_steps=400, key=jax.random.key(0))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "steps 81 to 100: An implicit rule runs far" in first and "solve" not in first
+    assert "steps 181 to 200: The linear solve of an implicit rule failed" in second
+
+
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
     norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
 
