@@ -8,7 +8,6 @@ from typing import overload
 
 import numpy as np
 
-from metaopt import _checks
 from metaopt.nas import _elastic
 from metaopt.nas._specs import Edge, ElasticNetwork, Genotype, Network, Space
 
@@ -162,7 +161,8 @@ def edges_kept(network: Space, keep: int | None | str) -> int | None:
             "each node has no meaning."
         )
     rule = default_keep if keep == "space" else keep
-    _checks.check_integer("keep", rule, 1, optional=True)
+    if rule is not None and (not isinstance(rule, (int, np.integer)) or isinstance(rule, bool) or rule < 1):
+        raise ValueError(f"`keep` must be a number of edges (at least 1), None or 'space'; got {rule!r}.")
     return None if rule is None else int(rule)
 
 

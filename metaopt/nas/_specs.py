@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _checks, _files, _saving
+from metaopt import _files, _saving
 from metaopt._jaxpr import Tracer
 
 
@@ -170,8 +170,12 @@ def check_network(network: Network) -> None:
         or if a kind has no layer.
       ValueError: if `keep` is not a valid value, or if edges have different numbers of candidates.
     """
-    if network.keep != "graph":
-        _checks.check_integer("keep", network.keep, 1, optional=True)
+    is_number = isinstance(network.keep, (int, np.integer)) and not isinstance(network.keep, bool)
+    if network.keep not in (None, "graph") and not (is_number and int(network.keep) >= 1):
+        raise ValueError(
+            f'`keep` must be a number of edges (at least 1), None, or "graph" (for NAS-Bench-101\'s space); got '
+            f"{network.keep!r}."
+        )
     for kind, cell in network.cells.items():
         if cell.num_inputs not in (1, 2) or (cell.num_inputs == 2 and not cell.preprocess):
             raise ValueError(

@@ -66,7 +66,7 @@ GENOTYPES = [
         )
     ),
     *(
-        (lambda keep=keep: nas.random_genotype(0, CELLS_201, keep=keep), "`keep` must be .*at least 1, or None; got")
+        (lambda keep=keep: nas.random_genotype(0, CELLS_201, keep=keep), "`keep` must be a number of edges .*; got")
         for keep in ("all", 0, 1.5)
     ),
     *(
@@ -130,7 +130,7 @@ GENOTYPES = [
         for bad in ("|a~0|", TEXT_201.replace("~2", "~1"), "|a~0|+|a~0|a~1|+|a~0|a~1|a~2|a~3|")
     ),
     *(
-        (lambda keep=keep: nas.darts(THREE, (3,), ops=nas.BLOCKS, keep=keep), "`keep` must be .*at least 1, or None")
+        (lambda keep=keep: nas.darts(THREE, (3,), ops=nas.BLOCKS, keep=keep), r"`keep` must be a number of edges \(at")
         for keep in ["foo", 2.0, 0, True]
     ),
     (
