@@ -10,7 +10,8 @@ To add a rule:
    second setting of a rule may have its own row, "my_rule, setting".
 
 The page `docs/rules.md` must name the rule. So must the docstring of `hypergrad.recommend`, if it does not compare it.
-No other file has to change. Each row is checked for these properties:
+With `recommended=True` and random estimates, add it to the stochastic rules in the slow test of
+`test_recommend.py`. Each row is checked for these properties:
 
 - the contract (`test_contract.py`): names of arguments, kind, shapes and types of an estimate;
 - the keys (`test_keys.py`): all follow from the seed, each use has its own, and each estimate has new ones;
