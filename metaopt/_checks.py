@@ -306,17 +306,18 @@ def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def advice_on_implicit_rules(metrics: Mapping[str, Any]) -> str:
-    """Joins the sentences of `far_from_rest`, their remedies, and the sentences of `useless_solves`.
+def warnings_of_implicit_rules(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Joins the sentences of `far_from_rest` with their remedies, and those of `useless_solves`.
 
     Args:
       metrics: as for `far_from_rest`.
 
     Returns:
-      A text, empty if there are no sentences.
+      {"rest": text, "solve": text}, without a warning that has no sentences.
     """
     far = far_from_rest(metrics)
-    return " ".join([*far, *[REST_ADVICE] * bool(far), *useless_solves(metrics)])
+    sentences = {"rest": [*far, *[REST_ADVICE] * bool(far)], "solve": useless_solves(metrics)}
+    return {name: " ".join(texts) for name, texts in sentences.items() if texts}
 
 
 def check_record(record: Any, name: str = "A record") -> None:

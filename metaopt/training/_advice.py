@@ -60,15 +60,13 @@ def _logged_implicit(warned: frozenset[str], run: Run, num: int, num_steps: int)
     It checks every 100 steps, and at the end.
 
     Returns:
-      The names of the warnings that it logged.
+      The names of the warnings that are due, logged now or before.
     """
     if run.step // 100 == (run.step - num) // 100 and run.step < num_steps:
         return frozenset()
     with np.errstate(over="ignore"):  # a diverging loss
         recent = {name: float(np.mean(column[-20:])) for name, column in run.history.items()}
-    far = _checks.far_from_rest(recent)
-    texts = {"rest": [*far, *[_checks.REST_ADVICE] * bool(far)], "solve": _checks.useless_solves(recent)}
-    new = frozenset(name for name, sentences in texts.items() if sentences and name not in warned)
-    for name in sorted(new):
-        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, " ".join(texts[name]))
-    return new
+    texts = _checks.warnings_of_implicit_rules(recent)
+    for name in texts.keys() - warned:
+        _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, texts[name])
+    return frozenset(texts)

@@ -135,5 +135,5 @@ def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
     if any(isinstance(x, Tracer) for x in metrics.values()):
         return
     means = {name: x.mean() for name, x in metrics.items() if x.ndim == 1 and x.size}
-    if message := _checks.advice_on_implicit_rules(means):
+    for message in _checks.warnings_of_implicit_rules(means).values():
         _log.warning(message)
