@@ -237,9 +237,14 @@ def _perturbed_run(
     return steps, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
 
-def _divergence(first: int, num_steps: int) -> Finding:
+def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
-    fault = f"the inner loss or its gradient is not finite from step {first} of {num_steps} on."
+    only_gradient = np.isfinite(steps.loss[first])
+    what = "the inner loss is finite, but its gradient is not," if only_gradient else "the inner loss is not finite"
+    fault = f"{what} from step {first} of {num_steps} on."
+    if first == 0 and only_gradient:
+        advice = "Look for a function without a finite derivative: √x or a norm at 0, or `where` around a division."
+        return Finding(f"Before any step, {fault}", advice)
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
         return Finding(f"Before any step, {fault}", advice)
@@ -251,7 +256,7 @@ def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
     """Problems with training and its derivative."""
     findings = []
     if judged.first_bad is not None:
-        findings.append(_divergence(judged.first_bad, num_steps))
+        findings.append(_divergence(judged.steps, judged.first_bad, num_steps))
     elif not np.isfinite(judged.outer):
         findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
     findings += _findings_of_growth(judged, num_steps)

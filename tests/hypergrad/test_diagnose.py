@@ -201,6 +201,18 @@ def test_divergence_names_the_step():
     assert 0 < first < 50 and f"from step {first} of 50 on" in words(diagnosis)
 
 
+def test_a_gradient_that_is_not_finite_while_the_loss_is():
+    loop = inner.loop(
+        lambda params, hp, batch: jnp.sqrt((params**2).sum()),
+        lambda hp: optax.sgd(0.1),
+        init=lambda key, hp, data: jnp.zeros(3),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    text = words(hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=2))
+    assert "the inner loss is finite, but its gradient is not, from step 0 of 2 on" in text
+    assert "without a finite derivative" in text and "labels" not in text
+
+
 def test_a_loss_that_is_not_finite_at_the_start_is_not_called_divergence():
     loop = inner.loop(
         lambda params, hp, batch: optax.losses.softmax_cross_entropy_with_integer_labels(params, batch).mean(),

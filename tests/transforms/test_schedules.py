@@ -43,6 +43,18 @@ def test_the_values_are_those_of_optax():
         np.testing.assert_allclose(jax.vmap(ours)(STEPS), expected, rtol=1e-6)  # optax's in float32
 
 
+def test_python_numbers_and_a_step_of_32_bits_give_float64():
+    step = jnp.int32(3)  # optax counts in int32
+    for schedule, expected in (
+        (transforms.cosine_schedule(0.1, num_steps=10), 0.05 * (1 + np.cos(0.3 * np.pi))),
+        (transforms.polynomial_schedule(0.1, 0.0, num_steps=10), 0.07),
+        (transforms.wsd_schedule(0.1, num_steps=10, warmup_steps=7), 0.3 / 7),
+    ):
+        value = schedule(step)
+        assert value.dtype == np.float64
+        np.testing.assert_allclose(value, expected, rtol=1e-14)
+
+
 def test_all_schedules_end_at_the_same_step():
     for schedule in (
         transforms.knot_schedule([1.0, 0.5, 0.0], num_steps=8),

@@ -75,12 +75,14 @@ def collect(args, config: Config, log) -> Collection:
     start = time.perf_counter()
     described = describe(units)
     log.seconds["metafeatures"] = (time.perf_counter() - start) / len(units)
-    log(f"{len(tables)} tables of {len(families)} families, {config.num_seeds} seed(s); meta-features")
+    kept = {unit.table for unit in units}
+    num_families = len({tables[t].family for t in kept})
+    log(f"{len(kept)} tables of {num_families} families, {config.num_seeds} seed(s); meta-features")
     return Collection(tables, units, folds[np.array([unit.table for unit in units])], described)
 
 
 def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
-    """Returns every table under every seed. Logs and skips tables that cannot be split."""
+    """Returns every table under every seed. Logs and skips tables that cannot be split or have too many classes."""
     pairs = [(t, s) for t in range(len(tables)) for s in range(config.num_seeds)]
     work = (joblib.delayed(_prepare)(tables[t], 1000 * seed + s, config) for t, s in pairs)
     units = []
@@ -93,11 +95,14 @@ def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Uni
 
 
 def _prepare(table: tasks.Table, seed: int, config: Config) -> tasks.PreparedTable | str:
-    """Returns the prepared table, or why it cannot be split."""
+    """Returns the prepared table, or why it is left out."""
     try:
-        return tasks.prepare(table, seed=seed, max_rows=config.max_rows, max_features=config.max_features)
+        prepared = tasks.prepare(table, seed=seed, max_rows=config.max_rows, max_features=config.max_features)
     except ValueError as error:
         return str(error)
+    if config.max_classes is not None and prepared.num_classes > config.max_classes:
+        return f"{table.name} has {prepared.num_classes} classes, and this preset takes at most {config.max_classes}"
+    return prepared
 
 
 def start_processes() -> None:
