@@ -20,10 +20,14 @@ def check_options(rates: str, order: Any, outer: Any, remat: str, rule: Any) -> 
     is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
     if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
-    judged_last = isinstance(outer, str) and outer == "last"
-    if rule is not None and not (order == "second" and judged_last and remat == "none"):
+    given = {"order": (order, "second"), "outer": (outer, "last"), "remat": (remat, "none")}
+    of_unrolling = [
+        name for name, (value, default) in given.items() if not (isinstance(value, str) and value == default)
+    ]
+    if rule is not None and of_unrolling:
         raise ValueError(
-            "`order`, `outer` and `remat` are options of unrolled training and cannot be combined with a `rule`."
+            f"`{of_unrolling[0]}` is an option of unrolled training, and this method has another `rule` for the "
+            f"hypergradient: leave out `{of_unrolling[0]}`."
         )
     if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
         raise ValueError(

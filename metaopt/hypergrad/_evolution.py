@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _unroll
 
 
@@ -102,6 +102,9 @@ def _particles(problem, window, sigma, num_pairs, renew):
 
     The rules differ in `renew(ε, fresh ε, score)`, which returns `(ε, score)` of the next window.
     """
+    _checks.check_integer("num_pairs", num_pairs, 1)
+    if isinstance(sigma, int | float):
+        _checks.check_positive("sigma", sigma)
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -181,8 +184,8 @@ def evolution(
       estimated trace of the hypergradient's covariance over the draws of ε and of keys.
 
     Raises:
-      ValueError: if `num_steps` or the number of weights is wrong; at trace time, if `sigma` is a tree that is not like
-        λ.
+      ValueError: if `num_steps`, `num_pairs`, a number `sigma` or the number of weights is wrong; at trace time, if
+        `sigma` is a tree that is not like λ.
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
       https://arxiv.org/abs/1810.10180.
@@ -237,8 +240,8 @@ def persistent_es(
       Metrics: "inner_steps" and, if there are two or more pairs, "sampling_variance".
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
-        is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
+        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -273,8 +276,8 @@ def es_single(
       An `Estimator` like that of `persistent_es`.
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
-        is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
+        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -311,8 +314,8 @@ def truncated_es(
       An `Estimator` like that of `persistent_es`, of kind "biased".
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`; at trace time, from JAX, if `sigma` is a tree that
-        is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
+        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

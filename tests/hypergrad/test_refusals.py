@@ -140,6 +140,8 @@ REFUSALS = [
     (lambda: darts_fd(difference="backward"), "`difference` must be one of central, forward; got 'backward'"),
     # Evolution strategies.
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
+    (lambda: hypergrad.evolution(RIDGE, num_steps=4, sigma=0.1, num_pairs=0), "`num_pairs` must be at least 1; got 0"),
+    (lambda: hypergrad.evolution(RIDGE, num_steps=4, sigma=0, num_pairs=2), "`sigma` must be positive; got 0"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
     # Batches of tasks.
     *(
