@@ -131,7 +131,7 @@ def test_estimators(name):
     assert_unrelated(total, total)
 
     lams = {tuple(lam) for part in first for _, *lam in part.get("λ", ())}
-    assert row.perturbs or len(lams) <= 1, "the rule perturbs λ: say so in its row"
+    assert row.perturbs or len(lams) <= 1, "the rule perturbs λ: set `perturbs` in its row (see `Row`)"
 
 
 PERTURBING = [name for name, row in ESTIMATORS.items() if row.perturbs in ("estimate", "run")]

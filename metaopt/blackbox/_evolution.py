@@ -133,5 +133,8 @@ def _tell(sizes: _Sizes, state: EvolutionState, records: Sequence[base.Record]) 
 
 
 def _fits(space, configuration) -> bool:
-    """Returns whether a child of `configuration` would be in the space."""
-    return configuration.keys() == space.keys() and not spaces.foreign(space, configuration)
+    """Returns whether the space contains `configuration`, so that it contains its children too."""
+    if configuration.keys() != space.keys() or spaces.foreign(space, configuration):
+        return False
+    fixed = {name: leaf.value.item() for name, leaf in space.items() if isinstance(leaf, spaces.Fixed)}
+    return all(configuration[name] == value for name, value in fixed.items())  # `foreign` does not look at these

@@ -4,8 +4,8 @@ No derivative is trusted here. F is only evaluated, at λ + t d for several t, w
 fixed. The slope of F is then compared with the slope of the hypergradient along d.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class LeafCheck(NamedTuple):
       finite_difference: the slope of F along the same direction.
       uncertainty: how far `finite_difference` may be from the true slope, due to truncation, rounding and kinks.
       relative_error: the part of |hypergrad − finite_difference| above `uncertainty`, divided by the larger slope.
-      standard_error: the standard error of a stochastic rule's mean slope; 0 for other rules.
+      standard_error: the standard error of the mean slope of a rule with random estimates; 0 for other rules.
       status: "right", "wrong", "zero" (the hypergradient is zero up to rounding, and F is flat), "dead" (the
         hypergradient is zero, and F is not flat), "inconclusive" (finite differences cannot decide) or "not finite".
       note: why the leaf is inconclusive, that a kink of F was avoided, or that F jumps; else "".
@@ -142,7 +142,8 @@ def check(
     - "biased": F(λ) is the value of the last estimate of a run at constant λ. The run ends when it is `done`, or after
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
       leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
-      `check(estimator._replace(kind="exact"), ...)`.
+      `check(estimator._replace(kind="exact"), ...)`. If the rule draws perturbations of λ (it has the metric
+      "sampling_variance"), F and the hypergradient are means over `num_samples` runs with different keys.
     - "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
       keys. It compares the slope of this mean hypergradient with the slope of the mean value, for the same keys. Slopes
       must agree within 3 standard errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
@@ -158,7 +159,7 @@ def check(
       radius: the distance for metasmoothness, in the same units; about one outer step.
       rtol: the largest relative error that passes.
       num_estimates: the maximum number of estimates in one run of a "biased" or "unbiased" rule; at least 1.
-      num_samples: the number of runs of an "unbiased" rule; at least 2.
+      num_samples: the number of runs of a rule with random estimates; at least 2.
 
     Returns:
       A `Check`. `print` shows it as a table. Its `verdict` is "passed", "failed" or "inconclusive", and `passed` is
@@ -180,6 +181,11 @@ def check(
     options = {"num_estimates": num_estimates, "num_samples": num_samples, "epsilon": epsilon, "rtol": rtol}
     point = evaluated(estimator, hyperparams, task, key=key, **options)
     return compared(estimator.kind, point, num_directions, radius)
+
+
+def is_random(kind: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether the estimates of a rule depend on random perturbations of λ, from its kind and its metrics."""
+    return kind == "unbiased" or "sampling_variance" in metrics
 
 
 class Point(NamedTuple):
@@ -223,8 +229,12 @@ def evaluated(
 ) -> Point:
     """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
     key = jax.random.key(0) if key is None else key
-    keys = jax.random.split(key, num_samples if estimator.kind == "unbiased" else 1)
-    samples, args = _samples(estimator, num_estimates), (task, estimator.init(key, hyperparams, task), keys)
+    state = estimator.init(key, hyperparams, task)
+    metrics = (
+        {} if estimator.kind == "exact" else jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].metrics
+    )
+    keys = jax.random.split(key, num_samples if is_random(estimator.kind, metrics) else 1)
+    samples, args = _samples(estimator, num_estimates), (task, state, keys)
     leaves, structure = jax.tree.flatten(hyperparams)
     center = [np.asarray(leaf, np.float64) for leaf in leaves]
     both, float32_operations = _jaxpr.in_float64(samples, hyperparams, *args)
@@ -461,6 +471,11 @@ def _advice(
         sentences.append(f"F does not depend on {paths['zero']} here.")
     if "wrong" in paths and kind in ("exact", "unbiased"):
         sentences.append(f"It is not the derivative of F: {paths['wrong']}.")
+    if "wrong" in paths and kind == "biased":
+        sentences.append(f"The relative errors of {paths['wrong']} show the bias of the rule.")
+        opposite = [x.path for x in leaves if x.status == "wrong" and x.hypergrad * x.finite_difference < 0]
+        if opposite:
+            sentences.append(f"The slope of {', '.join(opposite)} has the wrong sign.")
     if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
         sentences.append(
             "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."

@@ -80,11 +80,11 @@ def score_estimates(score: base.HyperParams, losses: jax.Array, sigma: base.Hype
 
 
 def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str, jax.Array]]:
-    """The mean of N estimates and, if N ≥ 2, the trace of that mean's covariance."""
+    """The mean of N estimates, and the trace of that mean's covariance (NaN for N = 1)."""
     num = len(jax.tree.leaves(each)[0])
     mean = jax.tree.map(lambda x: x.mean(0), each)
     if num < 2:
-        return mean, {}
+        return mean, {"sampling_variance": jnp.array(jnp.nan)}
     variances = [x.var(0, ddof=1).sum() / num for x in jax.tree.leaves(each)]
     return mean, {"sampling_variance": jnp.stack(variances).sum()}
 
@@ -180,8 +180,8 @@ def evolution(
 
     Returns:
       An `Estimator` of kind "unbiased" (for F_σ), `done` after every estimate. Its state is a key. `value` is the mean
-      of the 2N losses, which is unbiased for F_σ(λ). Metrics, if there are two or more pairs: "sampling_variance", the
-      estimated trace of the hypergradient's covariance over the draws of ε and of keys.
+      of the 2N losses, which is unbiased for F_σ(λ). Metrics: "sampling_variance", the estimated trace of the
+      hypergradient's covariance over the draws of ε and of keys; NaN for a single pair.
 
     Raises:
       ValueError: if `num_steps`, `num_pairs`, a number `sigma` or the number of weights is wrong; at trace time, if
@@ -237,7 +237,7 @@ def persistent_es(
     Returns:
       An `Estimator` of kind "unbiased" (for F_σ, over an episode), `done` once T steps are taken. If the caller does
       not restart it then, it continues as if the horizon were longer. `value` is the mean of the particles' L_w.
-      Metrics: "inner_steps" and, if there are two or more pairs, "sampling_variance".
+      Metrics: "inner_steps" and "sampling_variance", as in `evolution`.
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not

@@ -128,7 +128,7 @@ def _measured(rules: Mapping[str, base.Estimator], args: tuple, training: float)
             except (ValueError, TypeError, NotImplementedError) as error:
                 costs[name] = Cost(name, rule.kind, math.nan, math.nan, str(error))
                 continue
-            stochastic = rule.kind == "unbiased" or "sampling_variance" in traced.out_info[0].metrics
+            stochastic = _check.is_random(rule.kind, traced.out_info[0].metrics)
             operations = _flops.of_jaxpr(traced.jaxpr.jaxpr)
             costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
         refused = len(rules) - len(lowered)

@@ -47,7 +47,8 @@ def reptile(problem: base.Problem, *, num_steps: int) -> base.Estimator:
         return key
 
     def estimate(hyperparams, task, state):
-        train_key, outer_key, key = jax.random.split(state, 3)
+        run_key, key = jax.random.split(state)
+        train_key, outer_key = jax.random.split(run_key)
         started, pullback = jax.vjp(lambda hyperparams: start(hyperparams, train_key, task.train), hyperparams)
         trained = train(train_key, hyperparams, task.train)
         batch = problem.outer_batch(outer_key, task)

@@ -109,3 +109,6 @@ def test_fixed_entries_stay_as_they_are():
         state = searcher.tell(state, [first._replace(outcome=0.0, status="COMPLETE")])
         (child,), _ = searcher.ask(state, 1)
         assert child.configuration["a"] == 2 and (len(space) == 1) == (child.configuration == first.configuration)
+        other = first._replace(configuration=first.configuration | {"a": 99}, outcome=-1.0, status="COMPLETE")
+        (child,), _ = searcher.ask(searcher.tell(state, [other]), 1)  # from another space
+        assert child.configuration["a"] == 2
