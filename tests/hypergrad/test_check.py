@@ -141,6 +141,27 @@ def test_an_unbiased_rule_is_judged_over_its_whole_episode():
 
 
 @pytest.mark.once
+def test_a_biased_rule_with_random_estimates_is_averaged_over_keys():
+    options = {"num_steps": 4, "truncation_length": 2, "sigma": 1e-3}
+    for num_pairs in (1, 2):
+        rule = hypergrad.truncated_es(problems.RIDGE, num_pairs=num_pairs, **options)
+        report = CHECK(rule, problems.LAM, problems.TASK, num_samples=16)
+        assert rule.kind == "biased" and all(leaf.standard_error > 0 for leaf in report.leaves)
+    report = CHECK(hypergrad.truncated(problems.RIDGE, num_steps=4, truncation_length=2), problems.LAM, problems.TASK)
+    assert all(leaf.standard_error == 0 for leaf in report.leaves)
+
+
+def test_the_message_names_the_bias_and_a_wrong_sign():
+    def check(hypergrad_of):
+        return CHECK(of_function(lambda h: (h**2).sum(), hypergrad_of)._replace(kind="biased"), h, problems.TASK)
+
+    h = jnp.array([0.7, 0.1])
+    assert check(lambda h: 2 * h).message == "No problem was found."
+    report = check(lambda h: 3 * h)
+    assert report.passed and report.message == "The relative errors of λ show the bias of the rule."
+    assert "The slope of λ has the wrong sign." in check(lambda h: -3 * h).message
+
+
 def test_a_biased_rule_ends_with_its_horizon():
     # After the full horizon the whole run counts, and nothing of the next: a window of all steps is exact.
     whole = hypergrad.truncated(problems.RIDGE, num_steps=4, truncation_length=4)._replace(kind="biased")

@@ -165,10 +165,14 @@ def test_biased_rules_are_recommended_in_their_order_and_before_stochastic_ones(
         "refused": hypergrad.hypergradient_descent(problems.RIDGE),
         "dear": hypergrad.lookahead(problems.RIDGE, num_steps=3),
         "cheap": hypergrad.lookahead(problems.RIDGE, num_steps=1),
+        "windows of one pair": hypergrad.truncated_es(
+            problems.RIDGE, num_steps=4, truncation_length=2, sigma=0.1, num_pairs=1
+        ),
     }
     report = hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=4, rules=rules)
     costs = {c.name: c for c in report.costs}
     assert costs["cheap"].flops < costs["dear"].flops and costs["refused"].refused
+    assert {c.name for c in report.costs if c.stochastic} == {"stochastic", "windows of one pair"}
     assert report.take == "dear" and report.why.endswith("first biased one. No exact rule can.")
 
 
