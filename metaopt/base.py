@@ -188,6 +188,7 @@ class Estimate(NamedTuple):
       done: [] bool (one per task after `over_tasks`), whether the horizon has ended. If so, the caller may give this
         slot a new task and a fresh state.
       metrics: a flat dict of residuals, norms and counts, for inspection only; it is never carried to the next call.
+        Rules that perturb λ at random have the metric "sampling_variance", by which `hypergrad.check` knows them.
     """
 
     value: jax.Array

@@ -153,6 +153,13 @@ def test_runs_over_different_folds_are_merged(tmp_path):
         auto_tune.report.merge([first, {**second, "training_run": "3 steps"}])
 
 
+def test_auto_tune_leaves_out_tables_with_many_classes(caplog):
+    table = lambda c: tasks.Table(f"t{c}", "", np.zeros((c, 1)), np.arange(c), np.zeros(1, bool))
+    tables = [table(c) for c in (2, 20, 21)]
+    assert [table.name for table in auto_tune.units.few_classes(tables, 20)] == ["t2", "t20"]
+    assert "left out: t21 has more than 20 classes (--max-classes)" in caplog.text
+
+
 def test_baselines_of_an_earlier_run_are_taken_where_the_runs_agree():
     earlier = part(["t", "u"], [0.1, 0.2], [0.3, 0.1], 1.0)
     earlier["scores"] = {"defaults": earlier["scores"]["a"], "random search, 2 trials": earlier["scores"]["b"]}

@@ -1,5 +1,6 @@
 """Regularized evolution, a baseline for architecture search, over a space of integers."""
 
+import numbers
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -136,5 +137,11 @@ def _fits(space, configuration) -> bool:
     """Returns whether the space contains `configuration`, so that it contains its children too."""
     if configuration.keys() != space.keys() or spaces.foreign(space, configuration):
         return False
-    fixed = {name: leaf.value.item() for name, leaf in space.items() if isinstance(leaf, spaces.Fixed)}
-    return all(configuration[name] == value for name, value in fixed.items())  # `foreign` does not look at these
+    # `foreign` does not look at fixed values. Records have fewer digits than float32, and may have NaN.
+    fixed = [(configuration[name], leaf.value) for name, leaf in space.items() if isinstance(leaf, spaces.Fixed)]
+    return all(_is_equal(value, expected) for value, expected in fixed)
+
+
+def _is_equal(value: Any, expected: np.ndarray) -> bool:
+    is_number = isinstance(value, numbers.Number)  # not a text or None
+    return is_number and bool(np.isclose(value, expected, rtol=1e-6, atol=0.0, equal_nan=True))

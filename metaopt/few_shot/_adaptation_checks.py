@@ -20,14 +20,12 @@ def check_options(rates: str, order: Any, outer: Any, remat: str, rule: Any) -> 
     is_number = isinstance(order, (int, np.integer)) and not isinstance(order, bool)
     if order not in ("first", "second") and not (is_number and order >= 0):
         raise ValueError(f'`order` must be "first", "second" or a number of outer steps; got {order!r}.')
-    given = {"order": (order, "second"), "outer": (outer, "last"), "remat": (remat, "none")}
-    of_unrolling = [
-        name for name, (value, default) in given.items() if not (isinstance(value, str) and value == default)
-    ]
-    if rule is not None and of_unrolling:
+    options = {"order": (order, "second"), "outer": (outer, "last"), "remat": (remat, "none")}
+    changed = [name for name, (value, default) in options.items() if not (isinstance(value, str) and value == default)]
+    if rule is not None and changed:
         raise ValueError(
-            f"`{of_unrolling[0]}` is an option of unrolled training, and this method has another `rule` for the "
-            f"hypergradient: leave out `{of_unrolling[0]}`."
+            f"`{changed[0]}` is an option of unrolled training and cannot be combined with a `rule`. Leave one of them "
+            "out. Some methods set one: `imaml` has a `rule`, `fomaml` has `order`, and `maml_plus_plus` has `outer`."
         )
     if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
         raise ValueError(

@@ -184,8 +184,11 @@ def check(
 
 
 def is_random(kind: str, metrics: Mapping[str, Any]) -> bool:
-    """Whether the estimates of a rule depend on random perturbations of λ, from its kind and its metrics."""
-    return kind == "unbiased" or "sampling_variance" in metrics
+    """Whether the estimates of a rule depend on random perturbations of λ, from its kind and its metrics.
+
+    `partition` puts the name of a part and a slash before the names of metrics.
+    """
+    return kind == "unbiased" or any(name.rpartition("/")[2] == "sampling_variance" for name in metrics)
 
 
 class Point(NamedTuple):
@@ -310,11 +313,14 @@ def _moved(center: list[np.ndarray], direction: list[np.ndarray], distance: floa
     return [x + distance * d for x, d in zip(center, direction, strict=True)]
 
 
-def _hypergrad_slope(point: Point, direction: list[np.ndarray]) -> tuple[float, float]:
-    """The mean slope that the estimator claims along a direction, and its standard error."""
-    dots = sum(g.reshape(len(g), -1) @ d.ravel() for g, d in zip(point.grads, direction, strict=True))
-    dots = np.asarray(dots)
-    return float(dots.mean()), float(dots.std(ddof=1) / len(dots) ** 0.5) if len(dots) > 1 else 0.0
+def _claimed_slopes(point: Point, direction: list[np.ndarray]) -> np.ndarray:
+    """[K] the slopes that the estimator claims along a direction, one for each key."""
+    return np.asarray(sum(g.reshape(len(g), -1) @ d.ravel() for g, d in zip(point.grads, direction, strict=True)))
+
+
+def _standard_error(samples: np.ndarray) -> float:
+    """The standard error of the mean of [K] samples; 0 for one sample, which is not random."""
+    return float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else 0.0
 
 
 def _leaf_directions(point: Point, rng: np.random.Generator, index: int) -> list[list[np.ndarray]]:
@@ -339,7 +345,8 @@ def _check_leaf(point: Point, rng: np.random.Generator, index: int, radius: floa
         return LeafCheck(path, norm, np.nan, np.nan, np.nan, np.nan, 0.0, "not finite", "")
     leaf = None
     for direction in _leaf_directions(point, rng, index):
-        claimed, standard_error = _hypergrad_slope(point, direction)
+        samples = _claimed_slopes(point, direction)
+        claimed, standard_error = float(samples.mean()), _standard_error(samples)
         function = lambda t, direction=direction: point.mean_value(_moved(point.center, direction, t))
         slope, tried = _slopes.at_best_step(function, point.value, point.epsilon, point.noise, claimed, point.rtol)
         size = max(abs(claimed), abs(slope.value), 1e-300)
@@ -420,22 +427,32 @@ def _cause(point: Point, size: float, slope: _slopes.Slope, tried: list[_slopes.
 def _check_directions(
     point: Point, rng: np.random.Generator, num_directions: int, radius: float
 ) -> tuple[float, str, float]:
-    """The cosine, whether the hypergradient points uphill ("yes", "no", "unknown"), and the metasmoothness."""
+    """The cosine, whether the hypergradient points uphill, and the metasmoothness.
+
+    The second result is "yes", "no", "rough" (the slopes of F are not known well enough) or "noisy" (the estimates are
+    too random).
+    """
     claims, slopes, errors, far_slopes = [], [], [], []
     for _ in range(num_directions):
         direction = [unit * rng.normal(size=x.shape) for x, unit in zip(point.center, point.units, strict=True)]
-        claim = _hypergrad_slope(point, direction)[0]
+        claim = _claimed_slopes(point, direction)
         function = lambda t, direction=direction: point.mean_value(_moved(point.center, direction, t))
-        slope, _ = _slopes.at_best_step(function, point.value, point.epsilon, point.noise, claim, 10 * point.rtol)
+        arguments = (point.value, point.epsilon, point.noise, float(claim.mean()), 10 * point.rtol)
+        slope, _ = _slopes.at_best_step(function, *arguments)
         far = [function(radius + sign * point.epsilon) for sign in (1, -1)]
         claims.append(claim)
         slopes.append(slope.value)
         errors.append(slope.uncertainty)
         far_slopes.append(far[0] - far[1])
-    claims, slopes, errors, far_slopes = map(np.array, (claims, slopes, errors, far_slopes))
-    cosine = float(claims @ slopes / max(np.linalg.norm(claims) * np.linalg.norm(slopes), 1e-300))
+    samples, slopes, errors, far_slopes = map(np.array, (claims, slopes, errors, far_slopes))  # samples [D, K]
+    claims = samples.mean(axis=1)
+    product, noise = claims @ slopes, 3 * _standard_error(slopes @ samples)
+    cosine = float(product / max(np.linalg.norm(claims) * np.linalg.norm(slopes), 1e-300))
     margin = float(np.abs(claims) @ errors)
-    uphill = "yes" if claims @ slopes > margin else "no" if claims @ slopes <= -margin else "unknown"
+    if product > margin + noise or product <= -margin - noise:
+        uphill = "yes" if product > 0 else "no"
+    else:
+        uphill = "noisy" if noise > margin else "rough"
     weight = max(np.abs(slopes).sum(), 1e-300)
     return cosine, uphill, float((slopes * np.sign(far_slopes)).sum() / weight)
 
@@ -475,11 +492,9 @@ def _advice(
         sentences.append(f"The relative errors of {paths['wrong']} show the bias of the rule.")
         opposite = [x.path for x in leaves if x.status == "wrong" and x.hypergrad * x.finite_difference < 0]
         if opposite:
-            sentences.append(f"The slope of {', '.join(opposite)} has the wrong sign.")
+            sentences.append(f"The slope of {', '.join(opposite)} has the wrong sign along the direction of the table.")
     if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
-        sentences.append(
-            "It does not point uphill." if uphill == "no" else "F is too rough to say whether it points uphill."
-        )
+        sentences.append(_NOT_UPHILL[uphill])
     sentences += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
     sentences += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status in ("right", "dead") and leaf.note]
     if metasmoothness < 0.5:
@@ -489,6 +504,13 @@ def _advice(
     if float32_operations:
         sentences.append(f"Computed in float32, so that `rtol` is {rtol:g}: {'; '.join(float32_operations)}.")
     return " ".join(sentences) or "No problem was found."
+
+
+_NOT_UPHILL = {
+    "no": "It does not point uphill.",
+    "rough": "F is too rough to say whether it points uphill.",
+    "noisy": "Its estimates are too noisy to say whether it points uphill: give a larger `num_samples`.",
+}
 
 
 def _inconclusive(leaf: LeafCheck) -> str:

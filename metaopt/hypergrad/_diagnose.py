@@ -239,15 +239,17 @@ def _perturbed_run(
 
 def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
-    only_gradient = np.isfinite(steps.loss[first])
-    what = "the inner loss is finite, but its gradient is not," if only_gradient else "the inner loss is not finite"
-    fault = f"{what} from step {first} of {num_steps} on."
-    if first == 0 and only_gradient:
-        advice = "Look for a function without a finite derivative: √x or a norm at 0, or `where` around a division."
-        return Finding(f"Before any step, {fault}", advice)
+    when = f"from step {first} of {num_steps} on" if first else "before any step"
+    if np.isfinite(steps.loss[first]):
+        return Finding(
+            f"The gradient of the inner loss is not finite {when}, although the loss is.",
+            "Look for a function without a finite derivative (√x or a norm at 0, `where` around a division), or for a "
+            "gradient that is too large for its type.",
+        )
+    fault = f"the inner loss is not finite {when}."
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
-        return Finding(f"Before any step, {fault}", advice)
+        return Finding(f"{fault[0].upper()}{fault[1:]}", advice)
     advice = "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer."
     return Finding(f"Training diverges: {fault}", advice)
 

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from metaopt import _checks, base
+from metaopt._jaxpr import Tracer
 from metaopt.hypergrad import _unroll
 
 
@@ -37,6 +38,13 @@ class ParticlesState(NamedTuple):
     perturbation: base.HyperParams
     score: base.HyperParams
     key: jax.Array
+
+
+def check_sigma(sigma: base.PyTree) -> None:
+    """Raises ValueError if an entry of σ is zero, since 0/0 is no estimate. Traced entries are not checked."""
+    for leaf in jax.tree.leaves(sigma):
+        if not isinstance(leaf, Tracer) and not np.all(np.asarray(leaf) > 0):
+            raise ValueError(f"`sigma` must be positive; got {leaf}.")
 
 
 def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParams:
@@ -80,11 +88,11 @@ def score_estimates(score: base.HyperParams, losses: jax.Array, sigma: base.Hype
 
 
 def mean_and_metrics(each: base.HyperParams) -> tuple[base.HyperParams, dict[str, jax.Array]]:
-    """The mean of N estimates, and the trace of that mean's covariance (NaN for N = 1)."""
+    """The mean of N estimates, and the trace of that mean's covariance, which is unknown (`inf`) for N = 1."""
     num = len(jax.tree.leaves(each)[0])
     mean = jax.tree.map(lambda x: x.mean(0), each)
     if num < 2:
-        return mean, {"sampling_variance": jnp.array(jnp.nan)}
+        return mean, {"sampling_variance": jnp.array(jnp.inf)}  # NaN would stop a run under `jax.debug_nans`
     variances = [x.var(0, ddof=1).sum() / num for x in jax.tree.leaves(each)]
     return mean, {"sampling_variance": jnp.stack(variances).sum()}
 
@@ -103,8 +111,7 @@ def _particles(problem, window, sigma, num_pairs, renew):
     The rules differ in `renew(ε, fresh ε, score)`, which returns `(ε, score)` of the next window.
     """
     _checks.check_integer("num_pairs", num_pairs, 1)
-    if isinstance(sigma, int | float):
-        _checks.check_positive("sigma", sigma)
+    check_sigma(sigma)
     loop = problem.loop
 
     def init(key, hyperparams, task):
@@ -181,10 +188,10 @@ def evolution(
     Returns:
       An `Estimator` of kind "unbiased" (for F_σ), `done` after every estimate. Its state is a key. `value` is the mean
       of the 2N losses, which is unbiased for F_σ(λ). Metrics: "sampling_variance", the estimated trace of the
-      hypergradient's covariance over the draws of ε and of keys; NaN for a single pair.
+      hypergradient's covariance over the draws of ε and of keys; `inf` for a single pair.
 
     Raises:
-      ValueError: if `num_steps`, `num_pairs`, a number `sigma` or the number of weights is wrong; at trace time, if
+      ValueError: if `num_steps`, `num_pairs`, `sigma` or the number of weights is wrong; at trace time, if
         `sigma` is a tree that is not like λ.
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
@@ -240,8 +247,8 @@ def persistent_es(
       Metrics: "inner_steps" and "sampling_variance", as in `evolution`.
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
-        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
+        trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -276,8 +283,8 @@ def es_single(
       An `Estimator` like that of `persistent_es`.
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
-        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
+        trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -314,8 +321,8 @@ def truncated_es(
       An `Estimator` like that of `persistent_es`, of kind "biased".
 
     Raises:
-      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or a number `sigma` is not
-        positive; at trace time, from JAX, if `sigma` is a tree that is not like λ.
+      ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
+        trace time, from JAX, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

@@ -77,13 +77,14 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
       metrics; "exact_weight", the mean of w over pairs and leaves; and "sampling_variance" as in `evolution`.
 
     Raises:
-      ValueError: if `estimator` is of another kind, or `num_pairs` is below 3; at trace time, if `sigma` is a tree that
-        is not like λ.
+      ValueError: if `estimator` is of another kind, `num_pairs` is below 3, or `sigma` is not positive; at trace time,
+        if `sigma` is a tree that is not like λ.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180; Parmas et al., ICML 2018,
       https://arxiv.org/abs/1902.01240. The weights that leave one pair out are specific to this library.
     """
     _checks.check_integer("num_pairs", num_pairs, 3)
+    _evolution.check_sigma(sigma)
     if estimator.kind != "exact":
         raise ValueError(
             f'`estimator` must be of kind "exact", so that its gradients and its values have one mean; got '

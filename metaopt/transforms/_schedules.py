@@ -92,6 +92,8 @@ def polynomial_schedule(
       A schedule.
     """
 
+    init_value, end_value = _wide(init_value), _wide(end_value)
+
     def schedule(step):
         left = 1 - _ramp(step, begin_step, _wide(begin_step) + num_steps)
         return end_value + (init_value - end_value) * _power(left, power)
@@ -127,6 +129,7 @@ def cosine_schedule(
       ValueError: if the warmup is longer than `num_steps` and neither is traced.
     """
     _check_lengths(warmup_steps, 0, num_steps)
+    init_value, peak_value, end_value = map(_wide, (init_value, peak_value, end_value))
 
     def schedule(step):
         done = _ramp(step, warmup_steps, num_steps)
@@ -178,6 +181,7 @@ def wsd_schedule(
     """
     shape = _DECAYS[decay]
     _check_lengths(warmup_steps, decay_steps, num_steps)
+    init_value, peak_value, end_value = map(_wide, (init_value, peak_value, end_value))
 
     def schedule(step):
         left = shape(_ramp(step, _wide(num_steps) - decay_steps, num_steps))

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from metaopt import blackbox, spaces
 from metaopt.base import Record
@@ -112,3 +113,13 @@ def test_fixed_entries_stay_as_they_are():
         other = first._replace(configuration=first.configuration | {"a": 99}, outcome=-1.0, status="COMPLETE")
         (child,), _ = searcher.ask(searcher.tell(state, [other]), 1)  # from another space
         assert child.configuration["a"] == 2
+
+
+@pytest.mark.parametrize("value", [np.float32(0.1), 0.1, float("nan"), True, 3])
+def test_records_with_the_fixed_value_enter_the_population(value):
+    space = {"a": spaces.fixed(value), "b": spaces.integer(0, 3)}
+    searcher = blackbox.regularized_evolution(population_size=2, sample_size=1)
+    plain = spaces.configuration(space, spaces.default(space))["a"]
+    records = [Record("", {"a": a, "b": b}, outcome=0.0) for b, a in enumerate((plain, "0.1", None, plain))]
+    (members,) = searcher.tell(searcher.init(jax.random.key(0), space), records).populations.values()
+    assert [configuration["b"] for configuration, _ in members] == [0, 3]

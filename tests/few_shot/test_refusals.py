@@ -207,7 +207,7 @@ REFUSALS = [
     (lambda: few_shot.maml_plus_plus(loss, multi_step_steps=-1), "`multi_step_steps` must be at least 0; got -1"),
     (
         lambda: few_shot.adaptation(loss, order="first", rule=hypergrad.implicit),
-        "`order` is an option of unrolled training, and this method has another `rule`",
+        "`order` is an option of unrolled training and cannot be combined with a `rule`",
     ),
     (
         lambda: few_shot.adaptation(loss, rule=functools.partial(hypergrad.reptile, num_steps=2)),

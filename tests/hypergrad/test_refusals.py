@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problems
 import pytest
@@ -141,7 +142,11 @@ REFUSALS = [
     # Evolution strategies.
     (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.1, num_pairs=2), "`num_pairs` must be at least 3; got 2"),
     (lambda: hypergrad.evolution(RIDGE, num_steps=4, sigma=0.1, num_pairs=0), "`num_pairs` must be at least 1; got 0"),
-    (lambda: hypergrad.evolution(RIDGE, num_steps=4, sigma=0, num_pairs=2), "`sigma` must be positive; got 0"),
+    *(
+        (lambda s=s: hypergrad.evolution(RIDGE, num_steps=4, sigma=s, num_pairs=2), "`sigma` must be positive; got")
+        for s in (0, -0.1, np.float32(0), {"log_penalty": jnp.array([0.1, 0.0])}, jnp.nan)
+    ),
+    (lambda: hypergrad.mix_with_es(ONE_STEP, sigma=0.0, num_pairs=4), "`sigma` must be positive; got 0.0"),
     (lambda: hypergrad.mix_with_es(lookahead(), sigma=0.1, num_pairs=4), '`estimator` must be of kind "exact".*"bia'),
     # Batches of tasks.
     *(

@@ -7,7 +7,7 @@ import optax
 import problems
 import pytest
 
-from metaopt import hypergrad, inner
+from metaopt import base, hypergrad, inner
 
 DATA = problems.TASK
 
@@ -51,3 +51,22 @@ def test_the_initialization_sees_the_training_rows():
     x, y = np.asarray(DATA.train["x"]), np.asarray(DATA.train["y"])
     gradient = x.T @ (0.7 * x @ x.mean(0) - y) / len(y)
     np.testing.assert_allclose(estimate.hypergrad, 0.1 * x.mean(0) @ gradient, rtol=1e-10)
+
+
+def test_a_rule_of_whole_runs_has_the_value_of_unrolled_from_the_same_key():
+    """The initialization and both batches are random."""
+    loop = inner.loop(
+        lambda params, hp, batch: ((params - batch) ** 2).sum() / 2,
+        lambda hp: optax.sgd(0.1),
+        init=lambda key, hp, data: hp + jax.random.normal(key, (2,)),
+        sampler=lambda key, step, data: data + jax.random.normal(jax.random.fold_in(key, step), (2,)),
+    )
+    problem = inner.problem(
+        loop,
+        lambda params, hp, batch: ((params - batch) ** 2).sum(),
+        outer_batch=lambda key, task: task.valid + jax.random.normal(key, (2,)),
+    )
+    hp, task, key = jnp.ones(2), base.Task(jnp.zeros(2), jnp.zeros(2)), jax.random.key(5)
+    rules = [rule(problem, num_steps=3) for rule in (hypergrad.unrolled, hypergrad.forward, hypergrad.reptile)]
+    values = [rule.estimate(hp, task, rule.init(key, hp, task))[0].value for rule in rules]
+    np.testing.assert_allclose(values, values[0], rtol=1e-12)

@@ -160,6 +160,9 @@ def test_whole_numbers_and_half_precision():
             (transforms.polynomial_schedule(peak, 0.0, num_steps=length), 0.5 * (1 - 999 / 1024)),
             (transforms.cosine_schedule(peak, num_steps=2048, warmup_steps=length), 0.5 * 999 / 1024),
             (transforms.wsd_schedule(peak, num_steps=length, decay_steps=length), 0.5 * (1 - 999 / 1024)),
+            (transforms.cosine_schedule(peak, num_steps=1024), 0.25 * (1 + np.cos(np.pi * 999 / 1024))),
+            (transforms.polynomial_schedule(peak, 0.0, num_steps=1024), 0.5 * (1 - 999 / 1024)),
+            (transforms.wsd_schedule(peak, num_steps=1024, decay_steps=1024), 0.5 * (1 - 999 / 1024)),
         ):
             np.testing.assert_allclose(schedule(jnp.array(999)), exact, rtol=1e-5)
 

@@ -17,5 +17,6 @@ table of results.
     python experiments/hyperparameters/auto_tune --full            all folds and seeds
     python experiments/hyperparameters/auto_tune --csv FOLDER --target COLUMN      your own tables
 
-The environment variable METAOPT_DATA adds a larger collection (`data.from_data_folder`).
+The environment variable METAOPT_DATA adds a larger collection (`data.from_data_folder`). By default, tables with more
+than 20 classes are left out (`--max-classes`), since each of them would make all other tables slower.
 """

@@ -33,7 +33,7 @@ class Config:
     max_tables: int | None = None
     max_rows: int = 5000
     max_features: int = 64
-    max_classes: int | None = None  # one table with 100 classes makes all tables of its bucket twice as slow
+    max_classes: int = 1_000  # of a table; one with 100 classes makes all tables of its bucket twice as slow
     max_buckets: int = 3
     meta_batch: int = 10
     global_steps: int = 60
@@ -51,7 +51,7 @@ class Config:
 
 
 PRESETS = {
-    "default": Config(num_seeds=1, max_rows=2000, max_classes=20, max_buckets=2, global_steps=50, meta_steps=50),
+    "default": Config(num_seeds=1, max_rows=2000, max_classes=20, max_buckets=1, global_steps=50, meta_steps=50),
     "smoke": Config(
         num_steps=12,
         num_members=2,

