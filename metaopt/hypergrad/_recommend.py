@@ -13,6 +13,7 @@ from metaopt import base, inner
 from metaopt._progress import report_progress
 from metaopt.hypergrad import (
     _check,
+    _check_report,
     _evolution,
     _finite_difference,
     _first_order,
@@ -72,7 +73,7 @@ class Recommendation(NamedTuple):
         stochastic = [c.name for c in self.costs if c.stochastic]
         if stochastic:
             notes.append(f"Stochastic rules, whose variance was not measured: {'; '.join(stochastic)}.")
-        return "\n".join([_check.aligned(rows), f"Take {self.take}: {self.why}", *notes])
+        return "\n".join([_check_report.aligned(rows), f"Take {self.take}: {self.why}", *notes])
 
 
 def candidates(problem: base.Problem, hyperparams: base.HyperParams, num_steps: int) -> dict[str, base.Estimator]:
