@@ -187,8 +187,9 @@ class Estimate(NamedTuple):
       hypergrad: dF/dλ, shaped like λ.
       done: [] bool (one per task after `over_tasks`), whether the horizon has ended. If so, the caller may give this
         slot a new task and a fresh state.
-      metrics: a flat dict of residuals, norms and counts, for inspection only; it is never carried to the next call.
-        Rules that perturb λ at random have the metric "sampling_variance", by which `hypergrad.check` knows them.
+      metrics: a flat dict of residuals, norms and counts; it is never carried to the next call. A rule whose
+        hypergradient comes from random perturbations of λ must have the metric "sampling_variance": `hypergrad.check`
+        and `hypergrad.recommend` detect such rules by it.
     """
 
     value: jax.Array

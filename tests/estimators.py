@@ -22,7 +22,7 @@ With `recommended=True` and random estimates, add it to the stochastic rules in 
   has a `limit`, the rule is exact there;
   "pseudo": nothing more.
 
-These tests pass for related rules too, so `hypergrad/test_my_rule.py` tests the formula of the paper.
+These tests pass for related rules too. So write a test of the paper's formula in `hypergrad/test_my_rule.py`.
 """
 
 from collections.abc import Callable
@@ -113,7 +113,7 @@ class Row(NamedTuple):
       outer: the number of outer batches with their own keys, in one estimate.
       perturbs: "estimate" if each estimate draws three new antithetic pairs of λ, "run" if each training run does,
         "proposals" if it draws values of λ that share a key; None if the rule uses only one λ. `test_keys.py` tests
-        these draws. For any other perturbation write a word for it, and test its draws yourself.
+        these draws. For any other perturbation, set a string of your choice, and test the draws yourself.
       limit: for a biased rule, `problem -> Estimator`: the same rule in a limit in which it is exact, or None.
       limit_answer: the answer in the limit: "value" (the derivative of `value` from the same state, which is the
         answer of exact rules, too), "mean" (as for unbiased rules), or "optimum" (the derivative of f(θ*(λ), λ), after

@@ -134,14 +134,15 @@ def _tell(sizes: _Sizes, state: EvolutionState, records: Sequence[base.Record]) 
 
 
 def _fits(space, configuration) -> bool:
-    """Returns whether the space contains `configuration`, so that it contains its children too."""
+    """Returns whether `configuration`, and therefore each child of it, is in the space."""
     if configuration.keys() != space.keys() or spaces.foreign(space, configuration):
         return False
-    # `foreign` does not look at fixed values. Records have fewer digits than float32, and may have NaN.
+    # `foreign` does not check fixed values. A record's value may differ from that of the leaf by the rounding of
+    # float32, and a fixed value may be NaN. So `==` does not work.
     fixed = [(configuration[name], leaf.value) for name, leaf in space.items() if isinstance(leaf, spaces.Fixed)]
     return all(_is_equal(value, expected) for value, expected in fixed)
 
 
 def _is_equal(value: Any, expected: np.ndarray) -> bool:
-    is_number = isinstance(value, numbers.Number)  # not a text or None
+    is_number = isinstance(value, numbers.Number)  # not a string or None
     return is_number and bool(np.isclose(value, expected, rtol=1e-6, atol=0.0, equal_nan=True))

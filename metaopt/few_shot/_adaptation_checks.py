@@ -24,8 +24,9 @@ def check_options(rates: str, order: Any, outer: Any, remat: str, rule: Any) -> 
     changed = [name for name, (value, default) in options.items() if not (isinstance(value, str) and value == default)]
     if rule is not None and changed:
         raise ValueError(
-            f"`{changed[0]}` is an option of unrolled training and cannot be combined with a `rule`. Leave one of them "
-            "out. Some methods set one: `imaml` has a `rule`, `fomaml` has `order`, and `maml_plus_plus` has `outer`."
+            f"`{changed[0]}` is an option of unrolled training and cannot be combined with a `rule`. Pass only one of "
+            "them, and none to a method that sets the other: `imaml` sets `rule`, `fomaml` `order`, and "
+            "`maml_plus_plus` `outer`."
         )
     if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
         raise ValueError(

@@ -66,7 +66,8 @@ def check(
       `num_estimates`. The hypergradient must point uphill (cosine > 0), and no leaf may be dead. The errors of the
       leaves show the size of the bias. If the rule is exact in a limit, check it there as an exact rule:
       `check(estimator._replace(kind="exact"), ...)`. If the rule draws perturbations of λ (it has the metric
-      "sampling_variance"), F and the hypergradient are means over `num_samples` runs with different keys.
+      "sampling_variance"), F and the hypergradient are means over `num_samples` runs with different keys. If the
+      direction of this mean is not clear within 3 standard errors, the check is inconclusive.
     - "unbiased": the check takes the mean over the estimates of such a run, and over `num_samples` runs with different
       keys. It compares the slope of this mean hypergradient with the slope of the mean value, for the same keys. Slopes
       must agree within 3 standard errors (or `rtol`). A leaf whose 3 standard errors exceed its slope is inconclusive.
@@ -107,9 +108,9 @@ def check(
 
 
 def is_random(kind: str, metrics: Mapping[str, Any]) -> bool:
-    """Whether the estimates of a rule depend on random perturbations of λ, from its kind and its metrics.
+    """Returns whether a rule's estimates are random: it is "unbiased", or it has the metric "sampling_variance".
 
-    `partition` puts the name of a part and a slash before the names of metrics.
+    Under `partition` the name of the metric has a prefix, such as "es/sampling_variance".
     """
     return kind == "unbiased" or any(name.rpartition("/")[2] == "sampling_variance" for name in metrics)
 
@@ -242,7 +243,7 @@ def _claimed_slopes(point: Point, direction: list[np.ndarray]) -> np.ndarray:
 
 
 def _standard_error(samples: np.ndarray) -> float:
-    """The standard error of the mean of [K] samples; 0 for one sample, which is not random."""
+    """The standard error of the mean of [K] samples; 0 for K = 1, which only rules without random estimates have."""
     return float(samples.std(ddof=1) / len(samples) ** 0.5) if len(samples) > 1 else 0.0
 
 

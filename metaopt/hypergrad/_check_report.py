@@ -116,7 +116,7 @@ def advice(
         sentences.append(f"The relative errors of {paths['wrong']} show the bias of the rule.")
         opposite = [x.path for x in leaves if x.status == "wrong" and x.hypergrad * x.finite_difference < 0]
         if opposite:
-            sentences.append(f"The slope of {', '.join(opposite)} has the wrong sign along the direction of the table.")
+            sentences.append(f"The hypergradient of {', '.join(opposite)} has the wrong sign: compare the two slopes.")
     if kind == "biased" and uphill != "yes" and set(paths) != {"zero"}:
         sentences.append(_NOT_UPHILL[uphill])
     sentences += [_inconclusive(leaf) for leaf in leaves if leaf.status == "inconclusive"]
@@ -131,9 +131,9 @@ def advice(
 
 
 _NOT_UPHILL = {
-    "no": "It does not point uphill.",
-    "rough": "F is too rough to say whether it points uphill.",
-    "noisy": "Its estimates are too noisy to say whether it points uphill: give a larger `num_samples`.",
+    "no": "The hypergradient does not point uphill.",
+    "rough": "F is too rough to decide whether the hypergradient points uphill.",
+    "noisy": "The estimates are too noisy to decide whether the hypergradient points uphill. Increase `num_samples`.",
 }
 
 

@@ -239,19 +239,18 @@ def _perturbed_run(
 
 def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
-    when = f"from step {first} of {num_steps} on" if first else "before any step"
+    when = f"From step {first} of {num_steps} on" if first else "Before any step"
     if np.isfinite(steps.loss[first]):
         return Finding(
-            f"The gradient of the inner loss is not finite {when}, although the loss is.",
-            "Look for a function without a finite derivative (√x or a norm at 0, `where` around a division), or for a "
-            "gradient that is too large for its type.",
+            f"{when}, the inner loss is finite, but its gradient is not.",
+            "Look for a function without a finite derivative: √x or a norm at 0, or a division in the unused branch of "
+            "`jnp.where`. Or the gradient is too large for its type.",
         )
-    fault = f"the inner loss is not finite {when}."
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
-        return Finding(f"{fault[0].upper()}{fault[1:]}", advice)
+        return Finding(f"{when}, the inner loss is not finite.", advice)
     advice = "Start at a smaller rate, bound it by the space, or clip gradients in the optimizer."
-    return Finding(f"Training diverges: {fault}", advice)
+    return Finding(f"Training diverges. {when}, the inner loss is not finite.", advice)
 
 
 def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:

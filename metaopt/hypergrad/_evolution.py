@@ -41,7 +41,7 @@ class ParticlesState(NamedTuple):
 
 
 def check_sigma(sigma: base.PyTree) -> None:
-    """Raises ValueError if an entry of σ is zero, since 0/0 is no estimate. Traced entries are not checked."""
+    """Raises ValueError unless every entry of σ is positive. Traced entries are not checked."""
     for leaf in jax.tree.leaves(sigma):
         if not isinstance(leaf, Tracer) and not np.all(np.asarray(leaf) > 0):
             raise ValueError(f"`sigma` must be positive; got {leaf}.")
@@ -191,8 +191,8 @@ def evolution(
       hypergradient's covariance over the draws of ε and of keys; `inf` for a single pair.
 
     Raises:
-      ValueError: if `num_steps`, `num_pairs`, `sigma` or the number of weights is wrong; at trace time, if
-        `sigma` is a tree that is not like λ.
+      ValueError: if `num_steps` is too small, `num_pairs` or `sigma` is not positive, or `outer` does not have T
+        weights; at trace time, if `sigma` is a tree that is not like λ.
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
       https://arxiv.org/abs/1810.10180.

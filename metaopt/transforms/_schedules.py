@@ -215,7 +215,7 @@ def _ramp(step, start, end):
     start, end = _wide(start), _wide(end)
     length = end - start
     rising = length > 0
-    s = 1.0 * (step - start) / jnp.where(rising, length, 1)  # int32 / int would be float32 also with x64
+    s = 1.0 * (step - start) / jnp.where(rising, length, 1)  # an int32 step / int would be float32, even with x64
     # Not `clip`, which halves the derivative at a bound; here it is zero there.
     return jnp.where(rising, jnp.where(s <= 0, 0.0, jnp.where(s >= 1, 1.0, s)), jnp.where(step >= start, 1.0, 0.0))
 

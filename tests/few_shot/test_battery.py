@@ -6,8 +6,8 @@ row is a function `(loss, features) -> Adaptation`, where `loss(params, hyperpar
 tests below then run for the method, as parts of one compiled program. A second setting of a method may have its own
 row.
 
-A method of kind "unbiased" draws random numbers for its hypergradient. Its value may be a mean over starts near λ, so
-give its row perturbations of about 1e-4.
+A method of kind "unbiased" draws random numbers for its hypergradient. Its `value` may be a mean over perturbed λ,
+which differs from the loss at λ. Use perturbations of about 1e-4 in its row, so that the tests accept the difference.
 """
 
 import functools

@@ -175,7 +175,7 @@ def test_the_message_names_the_bias_and_a_wrong_sign():
     assert check(lambda h: 2 * h).message == "No problem was found."
     report = check(lambda h: 3 * h)
     assert report.passed and report.message == "The relative errors of λ show the bias of the rule."
-    assert "The slope of λ has the wrong sign" in check(lambda h: -3 * h).message
+    assert "The hypergradient of λ has the wrong sign" in check(lambda h: -3 * h).message
 
 
 def test_a_biased_rule_ends_with_its_horizon():
@@ -313,7 +313,7 @@ def test_noise_in_the_loss_is_inconclusive_and_measured():
 def test_a_biased_rule_whose_direction_is_hidden_by_noise_is_inconclusive():
     rough = of_function(lambda h: jnp.sin(1e15 * h) + 1e-9 * h, lambda h: jnp.ones_like(h))._replace(kind="biased")
     report = CHECK(rough, jnp.array(0.7), problems.TASK)
-    assert report.verdict == "inconclusive" and "too rough to say" in report.message
+    assert report.verdict == "inconclusive" and "too rough to decide" in report.message
 
 
 def test_metasmoothness_falls_where_the_slope_does_not_last():

@@ -198,7 +198,7 @@ def test_a_single_chaotic_step_is_named():
 def test_divergence_names_the_step():
     diagnosis = hypergrad.diagnose(quadratic(1e10), jnp.array(0.0), problems.TASK, num_steps=50)
     first = int(np.flatnonzero(~np.isfinite(diagnosis.inner_loss))[0])
-    assert 0 < first < 50 and f"from step {first} of 50 on" in words(diagnosis)
+    assert 0 < first < 50 and f"From step {first} of 50 on" in words(diagnosis)
 
 
 def test_a_gradient_that_is_not_finite_while_the_loss_is():
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_while_the_loss_is():
     )
     problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
     text = words(hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=2))
-    assert "The gradient of the inner loss is not finite before any step, although the loss is." in text
+    assert "Before any step, the inner loss is finite, but its gradient is not." in text
     assert "without a finite derivative" in text and "labels" not in text and "diverges" not in text
 
 

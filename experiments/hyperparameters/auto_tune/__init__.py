@@ -17,6 +17,7 @@ table of results.
     python experiments/hyperparameters/auto_tune --full            all folds and seeds
     python experiments/hyperparameters/auto_tune --csv FOLDER --target COLUMN      your own tables
 
-The environment variable METAOPT_DATA adds a larger collection (`data.from_data_folder`). By default, tables with more
-than 20 classes are left out (`--max-classes`), since each of them would make all other tables slower.
+The environment variable METAOPT_DATA adds a larger collection (`data.from_data_folder`). Without `--full`,
+tables with more than 20 classes are left out (`--max-classes`), because all tables of a bucket are padded to the
+largest number of classes.
 """

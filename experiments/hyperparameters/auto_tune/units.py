@@ -75,9 +75,9 @@ def collect(args, config: Config, log) -> Collection:
     num_folds = min(5, len(families))
     if num_folds < 2 or max(config.folds) >= num_folds:
         sys.exit(
-            f"Found {len(tables)} table(s) of {num_folds} family or families with up to {config.max_classes} classes. "
-            "To learn from some and to be judged on others takes two at least, and as many as the folds asked for: add "
-            "tables, or leave --folds out."
+            f"Found {len(tables)} table(s) of {len(families)} family or families with at most {config.max_classes} "
+            "classes. At least two families are needed, and more than the largest number in --folds. Add tables, raise "
+            "--max-classes, or leave --folds out."
         )
     folds = tasks.split_by_family(tables, num_folds=num_folds, seed=args.seed)
     units = make_units(tables, config, args.seed)
