@@ -51,6 +51,9 @@ def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParam
     """σ for every entry of λ, from a scalar or from a tree like λ of scalars and arrays."""
     if jax.tree.structure(sigma) == jax.tree.structure(0) and jnp.ndim(sigma) == 0:
         sigma = jax.tree.map(lambda _: sigma, hyperparams)
+    expected, structure = jax.tree.structure(hyperparams), jax.tree.structure(sigma)
+    if structure != expected:
+        raise ValueError(f"`sigma` must be a number or a tree like λ, {expected}; got {structure}.")
     return jax.tree.map(lambda x, s: jnp.broadcast_to(jnp.asarray(s, x.dtype), x.shape), hyperparams, sigma)
 
 
@@ -248,7 +251,7 @@ def persistent_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, from JAX, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -284,7 +287,7 @@ def es_single(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, from JAX, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -322,7 +325,7 @@ def truncated_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, from JAX, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """
