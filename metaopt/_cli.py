@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--groups", help="a column of groups, such as patients; rows of one group are never split between folds"
     )
     fit.add_argument("--order", help="a column of times: models are validated on later rows")
+    fit.add_argument("--drop", nargs="+", metavar="COLUMN", default=[], help="columns that are not features")
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
 
@@ -123,7 +124,7 @@ def _fit(options: argparse.Namespace) -> int:
     _check_out(options.out, options.data)  # before the long fit
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
-    _check_columns(options.data, frame, special)
+    _check_columns(options.data, frame, [*special, *options.drop])
     target = _target(frame[options.target], as_labels=options.problem == "classification")
     frame = frame.loc[target.index]
     problem = options.problem or _problem(target)
@@ -136,7 +137,8 @@ def _fit(options: argparse.Namespace) -> int:
         random_state=options.seed,
     )
     extra = {"groups": options.groups, "time": options.order}
-    model.fit(frame.drop(columns=special), target, **{name: frame[column] for name, column in extra.items() if column})
+    features = frame.drop(columns=[*special, *options.drop])
+    model.fit(features, target, **{name: frame[column] for name, column in extra.items() if column})
     _saving.save(options.out, model)
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
     _print_models(model, report=True)
@@ -373,6 +375,9 @@ def _numbers(target: Any) -> Any:
         return target
     shifted = encoder.transform({"target": target})[:, 0]
     values = shifted + encoder.columns[0].offset
+    for note in encoder.notes:
+        if "if this is wrong" in note.reason:
+            print(f"The target {target.name!r} {note.reason}.", file=sys.stderr)
     for text, value in zip(target, values, strict=True):
         if isinstance(text, str) and (encoder.columns[0].sign or "," in text or "." in text) and value == value:
             print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.", file=sys.stderr)

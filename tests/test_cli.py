@@ -428,6 +428,28 @@ def test_score_compares_with_the_target_of_the_file(files, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_dropped_columns_are_no_features(files, tmp_path, capsys):
+    from metaopt import load
+
+    train = [files[0] / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--models", "linear"]
+    assert _run("fit", *train, "--time", 0.001, "--drop", "sepal length (cm)", "sepal width (cm)") == 0
+    assert load(tmp_path / "m.npz").feature_names_in_.tolist() == ["petal length (cm)", "petal width (cm)"]
+    capsys.readouterr()
+    assert _run("fit", *train, "--time", 0.001, "--drop", "nothing") == 1
+    assert "train.csv has no column 'nothing'; it has" in capsys.readouterr().err
+
+
+def test_an_uncertain_reading_of_the_target_is_printed(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=60)
+    for texts, value in (([f"{1 + abs(v):.3f} €" for v in x], "as 1."), ([f"{5 + abs(v):.2f} €" for v in x], "as 5.")):
+        pd.DataFrame({"x": x, "price": texts}).to_csv(tmp_path / "train.csv", index=False)
+        arguments = ["--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
+        assert _run("fit", tmp_path / "train.csv", "--target", "price", *arguments) == 0
+        printed = capsys.readouterr().err
+        assert f"The target 'price' is text; '{texts[0]}' is read {value}" in printed
+        assert ("if this is wrong, remove separators of thousands" in printed) == (value == "as 1.")
+
+
 def test_score_reads_labels_and_amounts_as_fit_does(tmp_path, capsys):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"x": rng.normal(size=120), "who": np.repeat(np.arange(12), 10)})

@@ -13,7 +13,7 @@ from metaopt import tasks
 _log = logging.getLogger(__name__)
 
 
-def without_named_columns(X, groups, time) -> tuple[Any, Any, Any]:
+def without_named_columns(X, groups, time=None) -> tuple[Any, Any, Any]:
     """Replaces `groups` and `time` by the values of columns of X, if they are names. X loses these columns.
 
     Args:

@@ -175,8 +175,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         Args:
           X: [n, d] rows, with the same columns as in `fit`.
           y: [n] their targets.
-          groups: [n] the group of each row, such as a patient, if rows of one group are alike. The interval is much too
-            short without them.
+          groups: [n] the group of each row, such as a patient, or the name of a column of the frame X, if rows of one
+            group are alike. The interval is much too short without them.
           coverage: the probability, in (0, 1).
 
         Returns:
@@ -190,6 +190,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         """
         check_is_fitted(self, "ensemble_")
         _arguments.warn_of_other_order(X, y=y, groups=groups)
+        _, groups, _ = _arguments.without_named_columns(as_frame(X), groups)
         num_rows = len(as_frame(X))
         codes = self._target_codes(_arguments.target(y, num_rows))
         units = None if groups is None else _arguments.group_codes(groups, num_rows)
@@ -465,7 +466,10 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         try:
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"The target must be numbers; got {y.dtype} ({error}).") from error
+            raise ValueError(
+                f"The target must be numbers; got {y.dtype} ({error}). Texts such as '1.234,50 €' become numbers by "
+                r"`y.str.replace(r'[^\d,-]', '', regex=True).str.replace(',', '.').astype(float)`."
+            ) from error
         if not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")
         return y

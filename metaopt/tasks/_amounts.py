@@ -14,6 +14,8 @@ _PERCENTAGES = ("number", "decimal_comma", "thousands")
 UNSURE = "if this is wrong, remove separators of thousands, and write a point as the decimal mark"
 _COMMA_GROUPS = "$£¥₹"  # their amounts have commas between thousands
 _ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}")  # "1,234" may be 1234 or 1.234
+_POINT_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
+_BELOW_1000 = re.compile(r"[+-]?\d{1,3}")
 
 
 def is_sign(text: str) -> bool:
@@ -32,6 +34,25 @@ def readings(sign: str) -> tuple[str, ...]:
       sign: a sign.
     """
     return _PERCENTAGES if sign == "%" else _AMOUNTS
+
+
+def likely_readings(sign: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """Returns the readings of amounts with a sign, the most likely first for these texts.
+
+    In amounts of a currency such as "950 €" and "1.250 €", points separate thousands: each point has three digits after
+    it, and no amount without a point is 1,000 or more. If all amounts have a point, as prices of fuel ("1.459 €"), the
+    point is the decimal mark.
+
+    Args:
+      sign: a sign.
+      texts: the amounts. Texts without the sign are ignored.
+    """
+    numbers = [number for text in texts if (number := without_sign(text, sign)) is not None]
+    grouped = [_POINT_GROUPS.fullmatch(number) is not None for number in numbers]
+    others = [number for number, is_grouped in zip(numbers, grouped, strict=True) if not is_grouped]
+    if sign != "%" and any(grouped) and others and all(map(_BELOW_1000.fullmatch, others)):
+        return tuple(reversed(_AMOUNTS))
+    return readings(sign)
 
 
 def common_sign(texts: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.tasks._amounts import UNSURE, common_sign, describe, readings, without_sign
+from metaopt.tasks._amounts import UNSURE, common_sign, describe, likely_readings, without_sign
 from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
@@ -399,7 +399,7 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
     sample = list(counts)[:_SAMPLE_SIZE]
     sign = common_sign(sample)
     best, most = "", 0
-    for reading in readings(sign) if sign else READINGS:
+    for reading in likely_readings(sign, counts) if sign else READINGS:
         read = _reader(reading, sign)
         # Reading all texts takes long, so a reading must first succeed for half of a sample.
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):

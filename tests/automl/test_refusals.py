@@ -15,8 +15,8 @@ def fit(options=None, **data):
     return automl.AutoClassifier(**QUICK | (options or {})).fit(**arguments)
 
 
-def fit_dates():
-    return automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), pd.date_range("2020", periods=40))
+def fit_numbers(y):
+    return automl.AutoRegressor(**QUICK).fit(np.zeros((40, 1)), y)
 
 
 def predict_frame_without_encoder():
@@ -39,7 +39,8 @@ REFUSALS = [
     (lambda: fit(y=["a"] * 4), "one class, 'a'"),
     (lambda: fit(y=["a", "b", None, "a"]), "1 of 4 rows have no target"),
     (lambda: fit(sample_weight=[0, 0, 0, 0]), "at least one non-zero"),
-    (fit_dates, "must be numbers; got datetime64"),
+    (lambda: fit_numbers(pd.date_range("2020", periods=40)), "must be numbers; got datetime64"),
+    (lambda: fit_numbers(["1.234,50 €"] * 40), r"must be numbers; got .*Texts such as '1.234,50 €' become numbers by"),
     (lambda: metaopt.save("never.npz", automl.AutoClassifier()), "not fitted"),
     (
         lambda: automl.predict_hyperparams(np.zeros((30, 2)), np.arange(29) % 2),

@@ -219,5 +219,10 @@ def test_evaluate_has_the_units_of_the_target_and_groups_make_its_intervals_long
     assert by_group["value"].equals(table["value"])
     length = lambda frame: (frame["upper"] - frame["lower"])["mae"]
     assert length(by_group) > 1.5 * length(table)
+    frame = pd.DataFrame(x).add_prefix("x").assign(who=groups)
+    named = automl.AutoRegressor(**QUICK).fit(frame[:120], y[:120], groups="who")
+    by_name = named.evaluate(frame[120:], truth, groups="who")
+    pd.testing.assert_frame_equal(by_name, named.evaluate(frame[120:], truth, groups=groups[120:]))
+    assert by_name.set_index("metric")["value"].to_dict() == pytest.approx(expected)
     one = model.evaluate(new[:1], truth[:1]).set_index("metric")
     assert one.loc["mae", ["lower", "upper"]].tolist() == [0, np.inf]
