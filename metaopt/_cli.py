@@ -81,7 +81,14 @@ def _parser() -> argparse.ArgumentParser:
         "--groups", help="a column of groups, such as patients; rows of one group are never split between folds"
     )
     fit.add_argument("--order", help="a column of times: models are validated on later rows")
-    fit.add_argument("--drop", nargs="+", metavar="COLUMN", default=[], help="columns that are not features")
+    fit.add_argument(
+        "--drop",
+        nargs="+",
+        action="extend",
+        metavar="COLUMN",
+        default=[],
+        help="columns that are not features, such as a leak of the target",
+    )
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
 
@@ -125,8 +132,11 @@ def _fit(options: argparse.Namespace) -> int:
     frame = _read(options.data)
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
     _check_columns(options.data, frame, [*special, *options.drop])
-    target = _target(frame[options.target], as_labels=options.problem == "classification")
-    frame = frame.loc[target.index]
+    features = frame.drop(columns=[*special, *options.drop])
+    if options.target in options.drop or not len(features.columns):
+        raise ValueError("`--drop` must leave the target, and at least one column as a feature.")
+    target, target_encoder = _target(frame[options.target], as_labels=options.problem == "classification")
+    frame, features = frame.loc[target.index], features.loc[target.index]
     problem = options.problem or _problem(target)
     kind = automl.AutoClassifier if problem == "classification" else automl.AutoRegressor
     model: Any = kind(
@@ -137,8 +147,8 @@ def _fit(options: argparse.Namespace) -> int:
         random_state=options.seed,
     )
     extra = {"groups": options.groups, "time": options.order}
-    features = frame.drop(columns=[*special, *options.drop])
     model.fit(features, target, **{name: frame[column] for name, column in extra.items() if column})
+    model.target_encoder_ = target_encoder
     _saving.save(options.out, model)
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
     _print_models(model, report=True)
@@ -178,7 +188,7 @@ def _score(options: argparse.Namespace) -> int:
     as_labels = kind not in "iuf"
     special = [name] if options.groups is None else [name, options.groups]
     frame = _read_rows(options.data, model, special, texts=[name] if kind == "U" else [])
-    target = _target(frame[name], as_labels=as_labels)
+    target, _ = _target(frame[name], as_labels=as_labels, encoder=model.target_encoder_)
     frame = frame.loc[target.index]
     groups = None if options.groups is None else frame[options.groups]
     is_feature = model.encoder_.named and options.groups in model.encoder_.input_names
@@ -345,9 +355,12 @@ def _fit_of_delimiter(lines: Sequence[str], delimiter: str) -> tuple[bool, bool,
     return len(header) > 1, num_equal == len(rows), len(header), num_equal
 
 
-def _target(values: Any, *, as_labels: bool) -> Any:
-    """Returns the valid values of a target, as numbers if possible. It prints how many rows have none."""
-    target = values if as_labels else _numbers(values)
+def _target(values: Any, *, as_labels: bool, encoder: Any = None) -> tuple[Any, Any]:
+    """Returns the valid values of a target, as numbers if possible, and the encoder that read them from texts, or None.
+
+    It prints how many rows have none. With the `encoder` of an earlier file, texts are read as there.
+    """
+    target, encoder = (values, None) if as_labels else _numbers(values, encoder)
     known = (~target.isna()).to_numpy()
     if not known.all():
         invalid_values = values[~known].dropna().unique().tolist()
@@ -355,11 +368,11 @@ def _target(values: Any, *, as_labels: bool) -> Any:
         print(f"{(~known).sum()} rows have no valid target{example}; they are not used.", file=sys.stderr)
     if not known.any():
         raise ValueError(f"No row has a valid value in the target column {values.name!r}.")
-    return target[known]
+    return target[known], encoder
 
 
-def _numbers(target: Any) -> Any:
-    """Converts a target of texts to numbers, if the encoder reads all of them as numbers.
+def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
+    """Converts a target of texts to numbers, if an encoder reads all of them as numbers. Returns this encoder, too.
 
     Examples are "1,065", and "NA" among numbers. Standard error shows how separators and signs of currencies are read.
     Whole numbers above 2^53 stay texts if float64 would merge some of them and they have at most 20 different values,
@@ -369,23 +382,24 @@ def _numbers(target: Any) -> Any:
 
     from metaopt import tasks
 
+    if target.dtype.kind in "biuf":
+        return target, None
     with _without_notes():
-        encoder = tasks.fit_encoder({"target": target}, keep=("target",))
-    if target.dtype.kind in "biuf" or [code.kind for code in encoder.columns] != ["number"]:
-        return target
-    shifted = encoder.transform({"target": target})[:, 0]
+        encoder = encoder or tasks.fit_encoder({"target": target}, keep=("target",))
+        if [code.kind for code in encoder.columns] != ["number"]:
+            return target, None
+        shifted = encoder.transform({"target": target})[:, 0]
     values = shifted + encoder.columns[0].offset
-    for note in encoder.notes:
-        if "if this is wrong" in note.reason:
-            print(f"The target {target.name!r} {note.reason}.", file=sys.stderr)
     for text, value in zip(target, values, strict=True):
         if isinstance(text, str) and (encoder.columns[0].sign or "," in text or "." in text) and value == value:
-            print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.", file=sys.stderr)
+            _, hint, remedy = next((n.reason.partition("if this is wrong, ") for n in encoder.notes), ("", "", ""))
+            unsure = f" If this is wrong, {remedy.rstrip(')')}." if hint else ""
+            print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.{unsure}", file=sys.stderr)
             break
     num_classes = len(np.unique(shifted))
     if len(np.unique(values)) < num_classes <= _MOST_CLASSES:
-        return target.where(~np.isnan(shifted))
-    return type(target)(values, index=target.index, name=target.name)
+        return target.where(~np.isnan(shifted)), encoder
+    return type(target)(values, index=target.index, name=target.name), encoder
 
 
 @contextlib.contextmanager

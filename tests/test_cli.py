@@ -224,7 +224,7 @@ def test_files_that_are_read_are_not_replaced(shop, capsys):
 )
 def test_a_target_of_texts_becomes_numbers_if_all_are(values, expected):
     target = pd.Series(values, index=range(5, 5 + len(values)))
-    numbers = _cli._numbers(target)
+    numbers, _ = _cli._numbers(target)
     assert list(numbers.index) == list(target.index)
     pd.testing.assert_series_equal(numbers, pd.Series(expected, index=target.index), check_dtype=False)
 
@@ -432,11 +432,29 @@ def test_dropped_columns_are_no_features(files, tmp_path, capsys):
     from metaopt import load
 
     train = [files[0] / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--models", "linear"]
-    assert _run("fit", *train, "--time", 0.001, "--drop", "sepal length (cm)", "sepal width (cm)") == 0
+    assert _run("fit", *train, "--time", 0.001, "--drop", "sepal length (cm)", "--drop", "sepal width (cm)") == 0
     assert load(tmp_path / "m.npz").feature_names_in_.tolist() == ["petal length (cm)", "petal width (cm)"]
     capsys.readouterr()
-    assert _run("fit", *train, "--time", 0.001, "--drop", "nothing") == 1
-    assert "train.csv has no column 'nothing'; it has" in capsys.readouterr().err
+    for name, message in (
+        ("nothing", "train.csv has no column 'nothing'; it has"),
+        ("target", "`--drop` must leave the target, and at least one column as a feature."),
+    ):
+        assert _run("fit", *train, "--time", 0.001, "--drop", name) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_score_reads_a_target_as_fit_did(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=200)
+    prices = (1000 + 300 * x).round().clip(1).astype(int)
+    frame = pd.DataFrame({"x": x, "price": [f"{price:,} €".replace(",", ".") for price in prices]})
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    frame[prices >= 1000].to_csv(tmp_path / "large.csv", index=False)  # alone, "1.234 €" would be 1.234
+    arguments = ["--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
+    assert _run("fit", tmp_path / "train.csv", "--target", "price", *arguments) == 0
+    capsys.readouterr()
+    assert _run("score", tmp_path / "m.npz", tmp_path / "large.csv") == 0
+    values = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:])
+    assert float(values["r2"]) > 0.9
 
 
 def test_an_uncertain_reading_of_the_target_is_printed(tmp_path, capsys):
@@ -447,7 +465,7 @@ def test_an_uncertain_reading_of_the_target_is_printed(tmp_path, capsys):
         assert _run("fit", tmp_path / "train.csv", "--target", "price", *arguments) == 0
         printed = capsys.readouterr().err
         assert f"The target 'price' is text; '{texts[0]}' is read {value}" in printed
-        assert ("if this is wrong, remove separators of thousands" in printed) == (value == "as 1.")
+        assert ("If this is wrong, remove separators of thousands, and write" in printed) == (value == "as 1.")
 
 
 def test_score_reads_labels_and_amounts_as_fit_does(tmp_path, capsys):

@@ -85,7 +85,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             raise ValueError("`sample_weight` must have at least one non-zero value.")
         target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
         name = getattr(y, "name", None)  # of a Series
-        self.target_name_ = name if isinstance(name, str) else None
+        self.target_name_, self.target_encoder_ = name if isinstance(name, str) else None, None
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "
@@ -186,7 +186,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
           the metric is certain: for n rows without an error, the error rate may still be 3/n.
 
         Raises:
-          ValueError: if the arrays do not fit together, or a label did not occur in `fit`.
+          ValueError: if the arrays do not fit together, X has no column `groups`, or a label did not occur in `fit`.
         """
         check_is_fitted(self, "ensemble_")
         _arguments.warn_of_other_order(X, y=y, groups=groups)
@@ -467,8 +467,9 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The target must be numbers; got {y.dtype} ({error}). Texts such as '1.234,50 €' become numbers by "
-                r"`y.str.replace(r'[^\d,-]', '', regex=True).str.replace(',', '.').astype(float)`."
+                f"The target must be numbers; got {y.dtype} ({error}). In a Series of pandas, texts like '$1,234.50' "
+                r"become numbers by `y.str.replace(r'[^\d.-]', '', regex=True).astype(float)`, and texts like "
+                r"'1.234,50 €' by `y.str.replace(r'[^\d,-]', '', regex=True).str.replace(',', '.').astype(float)`."
             ) from error
         if not np.isfinite(y).all():
             raise ValueError("Input y contains NaN or infinity.")

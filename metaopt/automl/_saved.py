@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _extras, _files, _saving
+from metaopt import _extras, _files, _saving, tasks
 from metaopt.automl import _kinds, _table_estimator
 from metaopt.automl._ensemble_fit import FittedEnsemble, FittedMember, predict_ensemble
 from metaopt.automl._estimators import AutoClassifier, AutoRegressor
@@ -15,7 +15,6 @@ from metaopt.automl._portfolio import Member
 from metaopt.automl._report import report_frame
 from metaopt.automl._score_error import ScoreError
 from metaopt.automl._tabular_model import decode_labels, encode_labels
-from metaopt.tasks import FittedColumns
 
 
 def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,6 +37,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         **shared,
         "python": platform.python_version(),
         "target_name": estimator.target_name_,
+        "target_encoder": None if estimator.target_encoder_ is None else estimator.target_encoder_.state(),
         "suspected_leaks": list(estimator.suspected_leaks_),
         "suspected_groups": list(estimator.suspected_groups_),
         "ensemble": {
@@ -86,6 +86,8 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     error, num_blocks, num_units = file["score_error"].tolist()
     estimator.score_error_ = ScoreError(error, int(num_blocks), int(num_units))
     estimator.target_name_ = header["target_name"]
+    state = header["target_encoder"]
+    estimator.target_encoder_ = None if state is None else tasks.TableEncoder.from_state(state)
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.suspected_groups_ = tuple(header["suspected_groups"])
     estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_, estimator.suspected_groups_)
@@ -123,7 +125,7 @@ def _decode_inputs(prefix: str, file: _files.Npz) -> Inputs:
     while f"{prefix}targets.{len(targets)}.column" in file:
         fields = {name: file[f"{prefix}targets.{len(targets)}.{name}"] for name in TargetTable._fields}
         targets.append(TargetTable(**{**fields, "column": int(fields["column"])}))
-    fitted = FittedColumns(**{name: file[f"{prefix}columns.{name}"] for name in FittedColumns._fields})
+    fitted = tasks.FittedColumns(**{name: file[f"{prefix}columns.{name}"] for name in tasks.FittedColumns._fields})
     return Inputs(tuple(targets), file[f"{prefix}kept"], file[f"{prefix}medians"], fitted)
 
 

@@ -25,7 +25,8 @@ def check_options(rates: str, order: Any, outer: Any, remat: str, rule: Any) -> 
     if rule is not None and changed:
         raise ValueError(
             f"`{changed[0]}` is an option of unrolled training and cannot be combined with a `rule`. Pass only one of "
-            "them. The method itself may set one of them: its docstring states its options."
+            "them, and none to a method that sets the other: `imaml` sets `rule`, `fomaml` `order`, and "
+            "`maml_plus_plus` `outer`."
         )
     if isinstance(rule, functools.partial) and "num_steps" in rule.keywords:
         raise ValueError(

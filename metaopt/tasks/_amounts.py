@@ -16,6 +16,7 @@ _COMMA_GROUPS = "$£¥₹"  # their amounts have commas between thousands
 _ONE_GROUP = re.compile(r"[+-]?[1-9]\d{0,2}[.,]\d{3}")  # "1,234" may be 1234 or 1.234
 _POINT_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
 _BELOW_1000 = re.compile(r"[+-]?\d{1,3}")
+_HUNDREDS = re.compile(r"[+-]?[1-9]\d\d")
 
 
 def is_sign(text: str) -> bool:
@@ -39,20 +40,29 @@ def readings(sign: str) -> tuple[str, ...]:
 def likely_readings(sign: str, texts: Iterable[str]) -> tuple[str, ...]:
     """Returns the readings of amounts with a sign, the most likely first for these texts.
 
-    In amounts of a currency such as "950 €" and "1.250 €", points separate thousands: each point has three digits after
-    it, and no amount without a point is 1,000 or more. If all amounts have a point, as prices of fuel ("1.459 €"), the
-    point is the decimal mark.
+    In whole amounts such as "950 €" and "1.250 €", points separate thousands: all amounts are groups of three digits
+    after points, or below 1,000, and one of them has three digits without a point. If all amounts have a point, as
+    prices of fuel ("1.459 €"), the point is the decimal mark. It always is for currencies whose amounts have commas
+    between thousands, such as dollars.
 
     Args:
       sign: a sign.
-      texts: the amounts. Texts without the sign are ignored.
+      texts: the amounts. Texts without the sign, and texts that are not numbers, are ignored.
     """
-    numbers = [number for text in texts if (number := without_sign(text, sign)) is not None]
-    grouped = [_POINT_GROUPS.fullmatch(number) is not None for number in numbers]
-    others = [number for number, is_grouped in zip(numbers, grouped, strict=True) if not is_grouped]
-    if sign != "%" and any(grouped) and others and all(map(_BELOW_1000.fullmatch, others)):
-        return tuple(reversed(_AMOUNTS))
-    return readings(sign)
+    if sign == "%" or sign in _COMMA_GROUPS:
+        return readings(sign)
+    has_groups = has_hundreds = False
+    for text in texts:
+        number = without_sign(text, sign)
+        if number is None:
+            continue
+        if _POINT_GROUPS.fullmatch(number):
+            has_groups = True
+        elif _BELOW_1000.fullmatch(number):
+            has_hundreds = has_hundreds or _HUNDREDS.fullmatch(number) is not None
+        elif any(number_with_separators(number, mark) is not None for mark in ".,"):
+            return readings(sign)  # an amount such as "1234 €" or "2.5 €"
+    return tuple(reversed(_AMOUNTS)) if has_groups and has_hundreds else readings(sign)
 
 
 def common_sign(texts: Iterable[str]) -> str:

@@ -172,8 +172,9 @@ def fit_encoder(
     - Amounts become numbers if all have the same sign before or after the number: $1,200, -€ 5, 1.234,50 €, 12 %. The
       sign is one character of a currency, or "%", and 12 % becomes 12. All amounts of a column show which mark is the
       decimal one. If 1,234 is all there is, the comma separates thousands. In 1.234, the point is the decimal mark,
-      except in amounts of a currency like 1.234 € and 950 €, of which none is like 1234 €. For currencies the log
-      warns of both. New values without the sign, or with another one, count as missing.
+      except in whole amounts like 950 € and 1.234 €, of a currency other than those with a comma between thousands
+      ($, £, ¥, ₹). For currencies the log warns of both. New values without the sign, or with another one, count as
+      missing.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
     - These values are missing: None, NaN, NaT, pandas.NA, the texts that `from_csv_folder` lists, and numbers beyond
