@@ -85,7 +85,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
             raise ValueError("`sample_weight` must have at least one non-zero value.")
         target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
         name = getattr(y, "name", None)  # of a Series
-        self.target_name_, self.target_encoder_ = name if isinstance(name, str) else None, None
+        self.target_name_, self.target_encoder_ = (name if isinstance(name, str) else None), None
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "

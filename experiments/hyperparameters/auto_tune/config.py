@@ -33,7 +33,7 @@ class Config:
     max_tables: int | None = None
     max_rows: int = 5000
     max_features: int = 64
-    max_classes: int = 1_000  # of a table; one table with 100 classes makes its whole bucket twice as slow
+    max_classes: int = 1_000  # tables with more are left out: one with 100 makes its whole bucket twice as slow
     max_buckets: int = 3
     meta_batch: int = 10
     global_steps: int = 60
