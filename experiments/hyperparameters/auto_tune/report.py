@@ -94,6 +94,7 @@ def plot(rows, histories, predicted, path: Path, reference: str) -> None:
     middle.axvline(0, color="0.6", linewidth=1)
     middle.set_yticks(order, [r["method"] for r in rows])
     middle.set(title=f"test log loss against {reference}", xlabel="difference, 95 % over families")
+    middle.locator_params(axis="x", nbins=6)  # otherwise the labels overlap
     names = list(predicted)
     right.boxplot(
         [predicted[n] for n in names], orientation="horizontal", tick_labels=names, showfliers=False, widths=0.6
