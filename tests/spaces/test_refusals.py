@@ -227,7 +227,7 @@ REFUSALS = [
     (lambda: COORDINATES["penalty"], "no entry 'penalty'"),
     (lambda: list(COORDINATES), NO_ENTRY),
     (lambda: "penalty" in COORDINATES, NO_ENTRY),
-    (lambda: estimate(EVOLUTION, COORDINATES), "(?s)pytree structure error: different types.*Unconstrained"),
+    (lambda: estimate(EVOLUTION, COORDINATES), "`sigma` must be a number or a tree like λ, .*Unconstrained"),
     # Configurations and their conditions.
     *(
         (lambda fn=fn, space=space: fn(space, spaces.default(space)), message)
