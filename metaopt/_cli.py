@@ -8,6 +8,7 @@ import contextlib
 import csv
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ _EXAMPLES = """examples:
   metaopt fit train.csv --target price --time 60 --out model.npz
   metaopt predict model.npz new.csv --coverage 0.9 --out predictions.csv
   metaopt score model.npz labeled.csv
+  metaopt score model.npz labeled.csv --groups patient --importance
   metaopt leaderboard model.npz
   metaopt doctor
 
@@ -104,13 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.set_defaults(run=_predict)
 
-    score = commands.add_parser("score", help="compare predictions with the target column of a CSV file")
-    score.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
-    score.add_argument("data", type=Path, help="a CSV file with the same columns and the target")
-    score.add_argument("--target", help="the column of the true values (default: the target of `metaopt fit`)")
-    score.add_argument("--groups", help="a column of groups, such as patients, for the intervals")
-    score.add_argument("--coverage", type=float, default=0.95, help="of the intervals (default: 0.95)")
-    score.set_defaults(run=_score)
+    _add_score(commands)
 
     leaderboard = commands.add_parser("leaderboard", help="show the models of a saved file with their scores")
     leaderboard.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
@@ -122,6 +118,25 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="show versions and devices, and check a gradient on this machine")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser("score", help="compare predictions with the target column of a CSV file")
+    score.add_argument("model", type=Path, help="a file that `metaopt fit` wrote")
+    score.add_argument("data", type=Path, help="a CSV file with the same columns and the target")
+    score.add_argument("--target", help="the column of the true values (default: the target of `metaopt fit`)")
+    score.add_argument(
+        "--groups",
+        help="a column of groups, such as patients, for the intervals, which are much too short without it if rows of "
+        "a group are alike; give it if `fit` had groups",
+    )
+    score.add_argument("--coverage", type=float, default=0.95, help="of the intervals (default: 0.95)")
+    score.add_argument(
+        "--importance",
+        action="store_true",
+        help="also how much the accuracy or R² falls if the values of a column are shuffled",
+    )
+    score.set_defaults(run=_score)
 
 
 def _fit(options: argparse.Namespace) -> int:
@@ -196,8 +211,30 @@ def _score(options: argparse.Namespace) -> int:
     table = model.evaluate(rows, target, groups=groups, coverage=options.coverage)
     unit = "rows" if groups is None else f"rows in {groups.nunique()} groups"
     print(f"{name!r} of {len(target)} {unit}; lower and upper: {100 * options.coverage:g} % interval")
-    print(table.to_string(index=False, float_format="{:.4g}".format))
+    _print_table(table)
+    if groups is None and model.group_name_ is not None:
+        option = f"--groups {shlex.quote(model.group_name_)}" if model.group_name_ else "--groups"
+        print(f"`fit` had groups: without `{option}`, the intervals are much too short if rows of a group are alike.")
+    if options.importance:
+        _print_importance(model, rows, target)
     return 0
+
+
+def _print_importance(model: Any, rows: Any, target: Any) -> None:
+    is_classifier = hasattr(model, "classes_")
+    # Labels of the type of `classes_`: those of a file with gaps have another type.
+    labels = model.classes_[model._target_codes(target.to_numpy())] if is_classifier else target
+    with _without_notes():  # `evaluate` has logged them
+        table = model.importance(rows, labels)
+    score = "accuracy" if is_classifier else "R²"
+    print(
+        f"\nimportance: how much the {score} falls if the values of a column are shuffled (mean and sd of 5 shuffles)"
+    )
+    _print_table(table)
+
+
+def _print_table(table: Any) -> None:
+    print(table.to_string(index=False, float_format="{:.4g}".format))
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
@@ -214,7 +251,7 @@ def _print_models(model: Any, *, report: bool) -> None:
     metric = model._metric()
     if report and len(model.report_):
         print(model.report_.to_string(index=False))
-    print(model.leaderboard_.to_string(index=False, float_format="{:.4g}".format))
+    _print_table(model.leaderboard_)
     if report and model.not_fitted_:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in model.not_fitted_.items())
         print(f"not fitted ({reasons})")
@@ -389,9 +426,11 @@ def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
         if [code.kind for code in encoder.columns] != ["number"]:
             return target, None
         shifted = encoder.transform({"target": target})[:, 0]
-    values = shifted + encoder.columns[0].offset
+    code = encoder.columns[0]
+    values = shifted + code.offset
     for text, value in zip(target, values, strict=True):
-        if isinstance(text, str) and (encoder.columns[0].sign or "," in text or "." in text) and value == value:
+        is_unusual = code.sign or code.reading == "multiples" or any(mark in str(text) for mark in ",.(")
+        if isinstance(text, str) and is_unusual and value == value:
             _, hint, remedy = next((n.reason.partition("if this is wrong, ") for n in encoder.notes), ("", "", ""))
             unsure = f" If this is wrong, {remedy.rstrip(')')}." if hint else ""
             print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.{unsure}", file=sys.stderr)

@@ -77,7 +77,9 @@ def test_wrong_arguments_give_code_2(capsys):
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit) as end:
         _cli.main(["--help"])
-    assert end.value.code == 0 and "metaopt fit train.csv --target price" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "metaopt fit train.csv --target price" in out
+    assert "metaopt score model.npz labeled.csv --groups patient --importance" in out
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["leaderboard", "missing.npz"], 1), (["fit"], 2)])
@@ -441,62 +443,3 @@ def test_dropped_columns_are_no_features(files, tmp_path, capsys):
     ):
         assert _run("fit", *train, "--time", 0.001, "--drop", name) == 1
         assert message in capsys.readouterr().err
-
-
-def test_score_reads_a_target_as_fit_did(tmp_path, capsys):
-    x = np.random.default_rng(0).normal(size=200)
-    prices = (1000 + 300 * x).round().clip(1).astype(int)
-    frame = pd.DataFrame({"x": x, "price": [f"{price:,} €".replace(",", ".") for price in prices]})
-    frame.to_csv(tmp_path / "train.csv", index=False)
-    frame[prices >= 1000].to_csv(tmp_path / "large.csv", index=False)  # alone, "1.234 €" would be 1.234
-    arguments = ["--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
-    assert _run("fit", tmp_path / "train.csv", "--target", "price", *arguments) == 0
-    capsys.readouterr()
-    assert _run("score", tmp_path / "m.npz", tmp_path / "large.csv") == 0
-    values = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:])
-    assert float(values["r2"]) > 0.9
-
-
-def test_an_uncertain_reading_of_the_target_is_printed(tmp_path, capsys):
-    x = np.random.default_rng(0).normal(size=60)
-    for texts, value in (([f"{1 + abs(v):.3f} €" for v in x], "as 1."), ([f"{5 + abs(v):.2f} €" for v in x], "as 5.")):
-        pd.DataFrame({"x": x, "price": texts}).to_csv(tmp_path / "train.csv", index=False)
-        arguments = ["--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
-        assert _run("fit", tmp_path / "train.csv", "--target", "price", *arguments) == 0
-        printed = capsys.readouterr().err
-        assert f"The target 'price' is text; '{texts[0]}' is read {value}" in printed
-        assert ("If this is wrong, remove separators of thousands, and write" in printed) == (value == "as 1.")
-
-
-def test_score_reads_labels_and_amounts_as_fit_does(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"x": rng.normal(size=120), "who": np.repeat(np.arange(12), 10)})
-    frame["price"] = [f"{1000 * value:,.2f} €" for value in 5 + frame["x"]]
-    frame["code"] = np.where(frame["x"] > 0, "01", "1")
-    frame["flag"] = frame["x"] > 0.5
-    frame.loc[:1, "code"] = "A"  # the labels of the other file are numbers only
-    for target in ("price", "code", "flag"):
-        frame[["x", "who", target]].to_csv(tmp_path / "train.csv", index=False)
-        frame.loc[2:, ["x", "who", target]].to_csv(tmp_path / "new.csv", index=False)
-        arguments = ["--groups", "who", "--models", "linear", "--time", 0.001, "--out", tmp_path / "m.npz"]
-        assert _run("fit", tmp_path / "train.csv", "--target", target, *arguments) == 0
-        capsys.readouterr()
-        assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv", "--groups", "who") == 0
-        text = capsys.readouterr()
-        assert f"'{target}' of 118 rows in 12 groups" in text.out
-        values = dict(line.split()[:2] for line in text.out.splitlines()[2:])
-        assert float(values["r2" if target == "price" else "accuracy"]) > 0.9
-        assert ("The target 'price' is text; '" in text.err) == (target == "price")
-
-
-def test_score_of_a_model_without_the_name_of_its_target(tmp_path, capsys):
-    from metaopt import automl, save
-
-    rows = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)), columns=["a", "b"])
-    model = automl.AutoRegressor(models="linear", preset="instant", time_limit=None, verbose=False)
-    save(tmp_path / "m.npz", model.fit(rows, rows["a"].to_numpy()))
-    rows.assign(y=rows["a"]).to_csv(tmp_path / "new.csv", index=False)
-    assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv") == 1
-    assert "has no name of its target: use `--target`." in capsys.readouterr().err
-    assert _run("score", tmp_path / "m.npz", tmp_path / "new.csv", "--target", "y", "--groups", "b") == 0
-    assert "'y' of 60 rows in 60 groups" in capsys.readouterr().out  # the column b is a feature, too

@@ -86,6 +86,7 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         target = self._fit_target(_arguments.target(y, len(x))[used], weight[used])
         name = getattr(y, "name", None)  # of a Series
         self.target_name_, self.target_encoder_ = (name if isinstance(name, str) else None), None
+        self.group_name_ = None if groups is None else str(getattr(groups, "name", None) or "")
         if self._num_classes() == len(target) and groups is None and time is None:
             raise ValueError(
                 f"No row can be validated: each of the {len(target)} classes has one row only. If the target is a "

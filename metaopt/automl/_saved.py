@@ -37,6 +37,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         **shared,
         "python": platform.python_version(),
         "target_name": estimator.target_name_,
+        "group_name": estimator.group_name_,
         "target_encoder": None if estimator.target_encoder_ is None else estimator.target_encoder_.state(),
         "suspected_leaks": list(estimator.suspected_leaks_),
         "suspected_groups": list(estimator.suspected_groups_),
@@ -85,7 +86,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
         raise ValueError("its nonconformity scores must be [2, n]: scores and weights")
     error, num_blocks, num_units = file["score_error"].tolist()
     estimator.score_error_ = ScoreError(error, int(num_blocks), int(num_units))
-    estimator.target_name_ = header["target_name"]
+    estimator.target_name_, estimator.group_name_ = header["target_name"], header["group_name"]
     state = header["target_encoder"]
     estimator.target_encoder_ = None if state is None else tasks.TableEncoder.from_state(state)
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])

@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt.tasks._amounts import UNSURE, common_sign, describe, likely_readings, without_sign
+from metaopt.tasks._amounts import (
+    MULTIPLES,
+    UNSURE,
+    common_sign,
+    describe,
+    likely_readings,
+    look_like_labels,
+    number_with_multiple,
+    with_minus,
+    without_sign,
+)
 from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
@@ -33,12 +43,13 @@ _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
 
 # Functions that read a text as a number or a time, the preferred one first. `_DESCRIPTIONS` describes them in notes.
 READINGS: dict[str, Callable[[str], int | float | None]] = {
-    "number": number,
-    "thousands": lambda text: number_with_separators(text, "."),
-    "decimal_comma": lambda text: number_with_separators(text, ","),
+    "number": lambda text: number(with_minus(text)),
+    "thousands": lambda text: number_with_separators(with_minus(text), "."),
+    "decimal_comma": lambda text: number_with_separators(with_minus(text), ","),
     "ymd": lambda text: date_in_microseconds(text, "ymd"),
     "mdy": lambda text: date_in_microseconds(text, "mdy"),
     "dmy": lambda text: date_in_microseconds(text, "dmy"),
+    "multiples": lambda text: number_with_multiple(with_minus(text)),
 }
 _DESCRIPTIONS = {
     "number": "is text that holds numbers",
@@ -47,8 +58,8 @@ _DESCRIPTIONS = {
     "ymd": "is text that holds dates, read as year-month-day",
     "mdy": "is text that holds dates, read as month-day-year",
     "dmy": "is text that holds dates, read as day-month-year",
+    "multiples": "is text that holds numbers, some with k for thousands or M for millions",
 }
-
 
 _FORMS = {
     "number": "numbers",
@@ -57,6 +68,7 @@ _FORMS = {
     "ymd": "dates in the order year-month-day",
     "mdy": "dates in the order month-day-year",
     "dmy": "dates in the order day-month-year",
+    "multiples": "numbers, possibly with k or M",
 }
 
 
@@ -85,7 +97,8 @@ class ColumnCode(NamedTuple):
       offset: is subtracted from numbers, because float32 could not tell them apart.
       levels: the levels of a category, in the order of the codes.
       parts: the parts of a time, some of `PARTS`.
-      sign: the sign of a currency or "%" that each text has next to its number; "" if there is none.
+      sign: the sign or code of a currency or "%" that each text has next to its number; "" if there is none.
+      share_missing: the share of the rows of `fit_encoder` whose value is missing.
     """
 
     name: str
@@ -96,6 +109,7 @@ class ColumnCode(NamedTuple):
     levels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     sign: str = ""
+    share_missing: float = 0.0
 
 
 class Fit(NamedTuple):
@@ -390,7 +404,8 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
     """Returns how to read texts as numbers or times ("" for categories), the sign of amounts or "", and notes.
 
     All texts must be numbers or dates of one form, except "None". If they are amounts, all must have the same sign. Up
-    to a tenth of the rows may have other words if there are at least 20 different numbers.
+    to a tenth of the rows may have other words if there are at least 20 different numbers, and none of them ends with k
+    or M.
     """
     counts = Counter(text for text in texts.tolist() if text is not None and text.lower() != "none")
     if not counts:
@@ -405,6 +420,8 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):
             continue
         num_read = sum(count for text, count in counts.items() if read(text) is not None)
+        if reading == "multiples" and num_read < num_rows:
+            continue
         # If both orders are possible, the day is first if all dates have dots, and otherwise the month.
         if num_read > most or (num_read == most and reading == "dmy" and all(map(has_dots, counts))):
             best, most = reading, num_read
@@ -414,14 +431,19 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
         return "", "", ()
     read = _reader(best, sign)
     words = [text for text in counts if read(text) is None]
+    numbers = [text for text in counts if read(text) is not None]
     description = _DESCRIPTIONS[best]
     if sign:
-        description = describe([text for text in counts if read(text) is not None], sign, best)
+        description = describe(numbers, sign, read)
+    elif look_like_labels(numbers, best):
+        return "", "", ()
+    elif unusual := [text for text in numbers if text[-1:] in (")", *MULTIPLES)]:
+        description += f" ({unusual[0]!r} is read as {read(unusual[0])})"
     if not words:
         is_ambiguous = best == "mdy" and _may_have_the_day_first(counts)
         unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong"
         return best, sign, (description + unsure * is_ambiguous,)
-    if most < 0.9 * num_rows or len(counts) - len(words) < 20:
+    if most < 0.9 * num_rows or len(numbers) < 20:
         return "", "", ()
     change = f"{description}, except {num_rows - most} values such as {words[0]!r}, which count as missing"
     return best, sign, (change,)

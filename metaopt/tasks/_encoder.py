@@ -20,6 +20,8 @@ from metaopt.tasks._frames import Frame, as_text, positions, read_frame, read_va
 _log = logging.getLogger(__name__)
 
 ACTIONS = ("dropped", "changed")
+_MOSTLY_MISSING = 0.9  # a column with a larger share of gaps in `fit_encoder` may be empty in new rows
+_SURPRISING = 1e-3
 
 
 class ColumnNote(NamedTuple):
@@ -88,6 +90,10 @@ class TableEncoder(NamedTuple):
         log also warns if more than a tenth of the values of a category, and at least 5, are unseen levels. If unseen
         levels become "(other)", it warns only if no value is a level. Each message shows one of the values.
 
+        One more warning names the columns that are empty in all n rows, if this is surprising: the share p of gaps in
+        the rows of `fit_encoder` is at most .9, and max(p, ½)ⁿ < .001. So there must be 10 rows, or more if p > ½. The
+        minimum ½ is there because the rows of a small table may be alike.
+
         Args:
           frame: a frame of any type that `fit_encoder` takes.
 
@@ -102,14 +108,21 @@ class TableEncoder(NamedTuple):
         """
         table = read_frame(frame)
         places = _places(self, table)
-        blocks = []
+        blocks, empty = [], []
         for code in self.columns:
             block, unread = apply_code(code, read_values(table.columns[places[code.source]]))
+            is_large = unread.num > 0.1 * len(block) or (unread.num > 0 and code.kind == "category")
             if unread.num:
-                level = logging.WARNING if unread.num > 0.1 * len(block) or code.kind == "category" else logging.INFO
+                level = logging.WARNING if is_large else logging.INFO
                 message = "the column %r has %d of %d values that %s (such as %r)"
                 _log.log(level, message, code.name, unread.num, len(block), unread.reason, as_text(unread.example)[:60])
+            if not is_large and np.isnan(block).all() and _surprises(code.share_missing, len(block)):
+                empty.append(code.name)
             blocks.append(block)
+        if empty:
+            columns = "column %s has" if len(empty) == 1 else "columns %s have"
+            message = f"the {columns} no values in any of the %d rows, but had values in the rows of `fit`"
+            _log.warning(message, ", ".join(map(repr, empty)), table.num_rows)
         return np.concatenate(blocks, axis=1) if blocks else np.zeros((table.num_rows, 0))
 
     def state(self) -> dict[str, Any]:
@@ -169,12 +182,15 @@ def fit_encoder(
       zone if and only if these rows have one: midnight of Monday in Berlin is Sunday in UTC.
     - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
-    - Amounts become numbers if all have the same sign before or after the number: $1,200, -€ 5, 1.234,50 €, 12 %. The
-      sign is one character of a currency, or "%", and 12 % becomes 12. All amounts of a column show which mark is the
-      decimal one. If 1,234 is all there is, the comma separates thousands. In 1.234, the point is the decimal mark,
-      except in whole amounts like 950 € and 1.234 €, of a currency other than those with a comma between thousands
-      ($, £, ¥, ₹). For currencies the log warns of both. New values without the sign, or with another one, count as
-      missing.
+    - In numbers, parentheses are a minus, as in accounting: (1,200.50). If no value is a word, 1.2k and 3M become
+      numbers, too. But a column stays text if all its values are like (2), or if it has 5k or 3M and none like 1.2k,
+      because such values may be labels.
+    - Amounts become numbers if all have the same sign before or after the number: $1,200, -€ 5, 1.234,50 €, EUR 5, $5k,
+      12 %. The sign is one character of a currency, "US$", "A$", "C$", the code of a frequent currency in capitals with
+      a blank next to it, or "%". 12 % becomes 12. All amounts of a column show which mark is the decimal one. If 1,234
+      is all there is, the comma separates thousands. In 1.234, the point is the decimal mark, except in whole amounts
+      like 950 € and 1.234 €, of a currency other than those with a comma between thousands ($, US$, A$, C$, £, ¥, ₹).
+      For currencies the log warns of both. New values without the sign, or with another one, count as missing.
     - Other texts and pandas' categories become codes 0..L-1 in the order of the levels: pandas' order if it is ordered,
       otherwise numbers by value, then words. Levels with fewer than max(2, n / 5000) rows share the level "(other)".
     - These values are missing: None, NaN, NaT, pandas.NA, the texts that `from_csv_folder` lists, and numbers beyond
@@ -226,8 +242,17 @@ def fit_encoder(
             level = logging.WARNING if reason in fit.warnings else logging.INFO
             _log.log(level, "the column %r is %s: it %s", name, action, reason)
         if fit.code is not None:
-            codes.append(fit.code)
+            share = float(np.isnan(fit.values).all(axis=1).mean())
+            codes.append(fit.code._replace(share_missing=share))
     return TableEncoder(table.names, table.named, table.numbered, tuple(codes), tuple(notes), max_levels)
+
+
+def _surprises(share_missing: float, num_rows: int) -> bool:
+    """Whether it is surprising that all of some new rows have a gap, for the share of gaps in the rows of `fit`.
+
+    Rows of a small table may be alike, such as those of one customer. So a smaller share than ½ counts as ½.
+    """
+    return share_missing <= _MOSTLY_MISSING and max(share_missing, 0.5) ** num_rows < _SURPRISING
 
 
 def _twin(fit: Fit, first: dict[bytes, str], num_rows: int) -> str | None:
@@ -288,6 +313,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
         is_amount = lambda code: code.kind == "number" and is_sign(code.sign) and code.reading in readings(code.sign)
         holds = holds and (not code.sign or is_amount(code))
         holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
+        holds = holds and isinstance(code.share_missing, float) and 0 <= code.share_missing <= 1
         is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX
         holds = holds and is_number and len(set(code.levels)) == len(code.levels)
     if not holds:

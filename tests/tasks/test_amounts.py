@@ -38,6 +38,27 @@ def fitted(texts):
         (["£1,234", "£2,345"], [1234, 2345]),  # as in "1,234" without a sign
         (["₹ 1", "2 ₹"], [1, 2]),
         (["-€ 5", "-€ 6"], [-5, -6]),
+        (["EUR 1,200", "-EUR 5", "EUR -6.5", "7 EUR"], [1200, -5, -6.5, 7]),
+        (["1.200 EUR", "950 EUR", "-3 EUR"], [1200, 950, -3]),
+        (["USD 1,200", "3.5 USD"], [1200, 3.5]),
+        (["CHF\xa012.50", "3 CHF"], [12.5, 3]),
+        (["GBP 5", "GBP 6"], [5, 6]),
+        (["JPY 1,200", "JPY 950"], [1200, 950]),
+        (["US$ 1,200", "US$5.5", "-US$6", "7 US$"], [1200, 5.5, -6, 7]),
+        (["A$950", "A$2.527"], [950, 2.527]),  # as "$950"
+        (["C$5", "C$ 6"], [5, 6]),
+        (["(1,200.50)", "35", "(7)"], [-1200.5, 35, -7]),
+        (["($1,200.50)", "$(5)", "$3"], [-1200.5, -5, 3]),
+        (["(1.200,50 €)", "(5) €"], [-1200.5, -5]),
+        (["(3 EUR)", "EUR 4"], [-3, 4]),
+        (["(3 %)", "4 %"], [-3, 4]),
+        (["\N{MINUS SIGN}5", "6"], [-5, 6]),
+        (["\N{MINUS SIGN}€ 5", "€ \N{MINUS SIGN}6"], [-5, -6]),
+        (["1.2k", "3M", "950", "-2K", "(1.5k)", "1,065"], [1200, 3e6, 950, -2000, -1500, 1065]),
+        (["0.07k", "1.1M", "None"], [70, 1_100_000, np.nan]),
+        (["$50k", "$3M", "$950"], [50_000, 3e6, 950]),
+        (["1.2k€", "3M €", "5 €"], [1200, 3e6, 5]),
+        (["EUR 1.5M", "20k EUR"], [1.5e6, 20_000]),
         ([f"{k}.5" for k in range(30)] + ["€ 5"], [k + 0.5 for k in range(30)] + [np.nan]),  # a word among numbers
     ],
 )
@@ -57,9 +78,39 @@ def test_amounts_become_numbers(texts, numbers):
         ["%", "a %"],
         ["€ 2020-01-31", "€ 2021-02-28"],
         ["5 kg", "6 kg"],
+        ["EUR 5", "USD 6"],
+        ["$5", "US$6"],
+        ["eur 5", "eur 6"],
+        ["EUR 5 EUR", "EUR 6 EUR"],
+        ["EUR6", "EUR5"],  # emission standards
+        ["USD-3", "USD-4"],
+        ["12CHF", "13CHF"],
+        ["PHP 8", "PHP 7.4"],  # versions
+        ["TOP 10", "TOP 20"],
+        ["EURO 5", "EURO 6"],
+        ["A4", "A5"],
+        ["A$AP", "A$"],
+        ["(1)", "(2)"],  # notes
+        [f"({k})" for k in range(30)] + ["none or all"],
+        ["(a)", "5"],
+        ["(555) 123", "(555) 456"],
+        ["f(2)", "f(3)"],
+        ["(-5)", "(+6)"],
+        ["(2020-01-31)", "2020"],
+        ["3M", "Acme", "IBM"],
+        ["3M", "6M", "12M"],  # sizes or months
+        ["5K", "10K"],
+        ["5k", "950"],
+        ["950 €", "1.234 €", "1.2k €"],  # the point separates thousands, or is the decimal mark
+        ["5 k", "6"],
+        ["1.2k", "5 k", "x"],
+        ["1.2k", "1.2kg"],
+        ["1.2m", "3m"],  # meters
+        ["k", "M", "1.2k"],
+        ["1e3k", "1.2k"],
     ],
 )
-def test_other_texts_with_signs_stay_categories(texts):
+def test_other_texts_stay_categories(texts):
     encoder, _ = fitted(texts * 2)
     assert encoder.categorical.all() and encoder.columns[0].sign == ""
 
@@ -82,6 +133,35 @@ def test_a_price_column_of_different_values_is_no_id(caplog):
     assert fitted(texts)[0].columns == () or fitted(texts)[0].categorical.all()
 
 
+def test_one_word_keeps_k_and_m_texts():
+    """Among plain numbers, a tenth may be words."""
+    texts = [f"{k}.5" for k in range(98)]
+    assert fitted([*texts, "1.2k", "3M"])[1][-2:].tolist() == [1200, 3e6]
+    encoder, x = fitted([*texts, "1.2k", "3M", "Acme"])
+    assert np.isnan(x[-3:]).all() and not np.isnan(x[:-3]).any() and "except 3 values" in encoder.notes[0].reason
+    encoder, _ = fitted([f"{k % 50}.5k" for k in range(98)] + ["Acme"] * 2)
+    assert encoder.categorical.all()
+
+
+def test_dates_stay_dates():
+    dates = ["2020-01-31", "2021-02-28"]
+    assert fitted(dates)[0].columns[0].kind == "time"
+    assert fitted([*dates, "1.2k"] * 2)[0].categorical.all()
+
+
+@pytest.mark.parametrize("texts", [["(1,200)", "35"], ["1.2k", "3M"]])
+def test_the_note_has_an_amount_without_a_sign(texts):
+    encoder, x = fitted(texts)
+    assert encoder.notes[0].reason.endswith(f"({texts[0]!r} is read as {x[0]:.0f})")
+
+
+def test_new_rows_may_have_parentheses_and_the_unicode_minus_first():
+    encoder, _ = fitted(["$950", "$20"])
+    np.testing.assert_array_equal(encoder.transform({"a": ["($5)", "\N{MINUS SIGN}$6"]})[:, 0], [-5, -6])
+    encoder, _ = fitted([1.5, 2.5])
+    np.testing.assert_array_equal(encoder.transform({"a": ["(5)", "\N{MINUS SIGN}6", "1.2k"]})[:, 0], [-5, -6, np.nan])
+
+
 @pytest.mark.parametrize(
     ("texts", "example", "warns"),
     [
@@ -92,6 +172,8 @@ def test_a_price_column_of_different_values_is_no_id(caplog):
         (["12,345 %", "1,234 %"], "('12,345 %' is read as 12.345)", False),
         (["1.234 €", "1.50 €"], "('1.234 €' is read as 1.234)", False),  # the second one has a decimal point
         (["$950", "$1,234"], "('$1,234' is read as 1234)", False),
+        (["C$950", "C$1,234"], "('C$1,234' is read as 1234)", False),
+        (["950 EUR", "1.234 EUR"], f"('1.234 EUR' is read as 1234; {UNSURE})", True),
         (["1.234 %", "2.345 %"], "('1.234 %' is read as 1.234)", False),  # shares often have three decimals
     ],
 )
@@ -123,7 +205,7 @@ def test_new_amounts_are_read_in_the_same_way_and_other_signs_are_missing(caplog
         assert np.isnan(encoder.transform({"a": numbers})).all() and "next to the sign '€'" in caplog.text
 
 
-@pytest.mark.parametrize(("key", "value"), [("sign", "EUR"), ("sign", 1), ("reading", "ymd"), ("kind", "boolean")])
+@pytest.mark.parametrize(("key", "value"), [("sign", "XYZ"), ("sign", 1), ("reading", "ymd"), ("kind", "boolean")])
 def test_a_damaged_sign_is_rejected(key, value):
     state = json.loads(json.dumps(fitted(["€ 5", "€ 6"])[0].state()))
     state["columns"][0][key] = value

@@ -1,0 +1,80 @@
+"""The warning about columns that have values in `fit_encoder` and none in the new rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+import metaopt
+from metaopt import tasks
+
+TEXTS = {
+    "amount": [f"€ {k}" for k in range(100)],
+    "level": ["u", "v"] * 50,
+    "day": [f"2020-01-{1 + k % 31:02}" for k in range(100)],
+    "size": np.random.default_rng(0).normal(size=100).tolist(),
+}
+
+
+def with_gaps(values, share):
+    return [None if i < share * len(values) else value for i, value in enumerate(values)]
+
+
+def test_one_warning_names_the_columns_without_values(caplog, tmp_path):
+    encoder = tasks.fit_encoder(TEXTS)
+    metaopt.save(tmp_path / "encoder.json", encoder)
+    for each in (encoder, metaopt.load(tmp_path / "encoder.json")):
+        caplog.clear()
+        each.transform({name: values[:50] for name, values in TEXTS.items()})
+        assert not caplog.messages
+        each.transform(dict.fromkeys(TEXTS, [None] * 50))
+        have = "have no values in any of the 50 rows, but had values in the rows of `fit`"
+        assert caplog.messages == [f"the columns 'amount', 'level', 'day', 'size' {have}"]
+        caplog.clear()
+        each.transform(TEXTS | {"size": ["NA"] * 100})
+        each.transform(TEXTS | {"size": ["NA"] * 99 + [0.5]})
+        have = "has no values in any of the 100 rows, but had values in the rows of `fit`"
+        assert caplog.messages == [f"the column 'size' {have}"]
+
+
+@pytest.mark.parametrize(
+    ("share", "num_rows", "warns"),
+    [
+        (0, 9, False),  # the rows of a small table may be alike
+        (0, 10, True),
+        (0.5, 9, False),
+        (0.5, 10, True),
+        (0.8, 30, False),  # .8³⁰ = .0012
+        (0.8, 31, True),
+        (0.9, 65, False),
+        (0.9, 66, True),  # .9⁶⁶ = .00096
+        (0.95, 10_000, False),
+    ],
+)
+def test_the_warning_depends_on_the_gaps_of_fit_and_on_the_number_of_rows(share, num_rows, warns, caplog):
+    for name, values in TEXTS.items():
+        state = json.dumps(tasks.fit_encoder({"a": with_gaps(values, share)}).state())
+        encoder = tasks.TableEncoder.from_state(json.loads(state))
+        caplog.clear()
+        encoder.transform({"a": [None] * num_rows})
+        assert ("has no values in any of the" in caplog.text) == warns, name
+
+
+def test_words_count_as_gaps(caplog):
+    words = ["unknown"] * 5 + [f"{k}.5" for k in range(95)]
+    encoder = tasks.fit_encoder({"a": words, "b": ["None"] * 95 + ["1", "2", "3", "4", "5"]})
+    caplog.clear()
+    encoder.transform({"a": ["unknown"] * 5 + [None] * 95, "b": [None] * 100})
+    assert [message.partition(" values")[0] for message in caplog.messages] == ["the column 'a' has no"]
+    caplog.clear()
+    encoder.transform({"a": ["unknown"] * 100, "b": ["None"] * 100})
+    assert len(caplog.messages) == 2 and "are not numbers; they count as missing" in caplog.messages[0]
+    assert "no values in any" not in caplog.text  # one reason is enough
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "0", True])
+def test_a_damaged_share_is_rejected(share):
+    state = json.loads(json.dumps(tasks.fit_encoder(TEXTS).state()))
+    state["columns"][0]["share_missing"] = share
+    with pytest.raises(ValueError, match="do not fit each other"):
+        tasks.TableEncoder.from_state(state)
