@@ -68,11 +68,11 @@ def test_a_log_has_a_line_at_least_every_ten_seconds_and_one_at_the_end(log):
     lines = log.lines()
     assert lines[:3] == [
         "step 1/20, value 1, 8 s",
-        "step 2/20, value 0.5, 16 s, about 3 min left",  # 10 s for one step, and 18 are left
-        "step 3/20, value 0.333, 24 s, about 3 min left",  # 18 s for two
+        "step 2/20, value 0.5, 16 s, about 3.0 min left",  # 10 s for one step, and 18 are left
+        "step 3/20, value 0.333, 24 s, about 2.5 min left",  # 18 s for two
     ]
     assert _progress.EVERY + _progress.DISPLAY.tick_every <= 10
-    assert len(lines) == 120 // 8 + 1 and lines[-1] == "step 20/20, value 0.05, 2 min"
+    assert len(lines) == 120 // 8 + 1 and lines[-1] == "step 20/20, value 0.05, 2.0 min"
 
 
 def test_the_time_left_is_at_most_that_of_the_limit(log):
