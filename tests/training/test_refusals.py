@@ -44,6 +44,12 @@ def fit(hyperparams=7.0, sample_tasks=lambda key: np.ones(3), **options):
     training.fit(learner, sample_tasks, hyperparams=hyperparams, key=KEY, **{"num_steps": 5} | options)
 
 
+def fit_swapped():
+    learner = training.learner(QUADRATIC, optax.sgd(0.1))
+    sample_tasks: Any = lambda key: np.ones(3)
+    training.fit(sample_tasks, learner, hyperparams=7.0, key=KEY, num_steps=5)  # pyright: ignore[reportArgumentType]
+
+
 def fit_other_shapes():
     """The second draw has another shape, and some of the first tasks are not done."""
     sizes = iter([4, 5])
@@ -98,6 +104,11 @@ def propose(**options):
 
 REFUSALS = [
     # `fit` and `learner`.
+    (
+        lambda: fit(sample_tasks=base.Task(1.0, 2.0)),
+        r"`sample_tasks`, a function `\(key\).* got Learner and Task\. For",
+    ),
+    (fit_swapped, "The first arguments of `fit` are `learner`.* got function and Learner"),
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
     (lambda: fit(patience=3), "pass `evaluate`"),
