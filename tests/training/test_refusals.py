@@ -46,8 +46,7 @@ def fit(hyperparams=7.0, sample_tasks=lambda key: np.ones(3), **options):
 
 def fit_swapped():
     learner = training.learner(QUADRATIC, optax.sgd(0.1))
-    sample_tasks: Any = lambda key: np.ones(3)
-    training.fit(sample_tasks, learner, hyperparams=7.0, key=KEY, num_steps=5)  # pyright: ignore[reportArgumentType]
+    training.fit(lambda key: np.ones(3), learner, hyperparams=7.0, key=KEY, num_steps=5)
 
 
 def fit_other_shapes():
@@ -154,6 +153,8 @@ REFUSALS = [
         )
         for num in (1, 2)
     ),
+    (lambda: training.fine_tune(QUADRATIC, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: training.fine_tune(QUADRATIC, num_steps=2.5), "`num_steps` must be an integer"),
     (fine_tune_in_another_space, "the problem's space differ"),
     (lambda: fit_in_space(hyperparams=NAN), r"The initial `hyperparams\['rates'\].inner` is not finite"),
     # `propose`.
