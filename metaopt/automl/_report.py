@@ -13,6 +13,7 @@ _log = logging.getLogger(__name__)
 
 _LEAK_BLOCK = 20  # columns between two looks at the clock
 _MIN_GROUPS, _MOST_COLUMNS = 10, 100
+_MOST_ROWS = 10_000  # in which the groups of a column are compared
 
 
 def report_frame(encoder: tasks.TableEncoder, leaks: tuple[str, ...], groups: tuple[str, ...]) -> pd.DataFrame:
@@ -65,11 +66,13 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
     if len(codes) > _MOST_COLUMNS:
         return ()
     x = np.where(np.isnan(x), -1.0, x)
-    varied = [np.unique(column, return_counts=True)[1].max() <= 0.9 * len(x) for column in x.T]
+    if len(x) > _MOST_ROWS:
+        x = x[np.random.default_rng(0).permutation(len(x))]
+    part = x[:_MOST_ROWS]
+    varied = [np.unique(column, return_counts=True)[1].max() <= 0.9 * len(part) for column in part.T]
     usable = [j for j, code in enumerate(codes) if code.kind != "time" and varied[j]]
-    num_traits = {
-        j: _num_traits(x[:, usable], usable.index(j), codes[j], [codes[k].kind for k in usable]) for j in usable
-    }
+    x, kinds = x[:, usable], [codes[j].kind for j in usable]
+    num_traits = {j: _num_traits(x, i, codes[j], kinds) for i, j in enumerate(usable)}
     best = max(usable, key=num_traits.__getitem__, default=-1)
     return (encoder.names[best],) if best >= 0 and num_traits[best] else ()
 
@@ -79,14 +82,16 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     known = x[:, j] >= 0
     if code.levels[-1:] == ("(other)",):
         known &= x[:, j] < len(code.levels) - 1
-    names = x[known, j]
+    rows = np.flatnonzero(known)
+    names = x[rows, j]
+    if (names != names.round()).any():
+        return 0
     values, sizes = np.unique(names, return_counts=True)
-    is_name = (
-        _MIN_GROUPS <= len(values) <= len(names) / 2 and (sizes > 1).mean() >= 0.8 and (values == values.round()).all()
-    )
+    is_name = _MIN_GROUPS <= len(values) <= len(names) / 2 and (sizes > 1).mean() >= 0.8
     if not is_name:
         return 0
-    x = x[known][np.argsort(names, kind="stable")]
+    rows = rows[np.argsort(names, kind="stable")]
+    x = x[rows[_of_some_groups(sizes)]]
     first = np.unique(x[:, j], return_index=True)[1]
     is_pair = np.diff(x[:, j]) == 0
     traits = [k for k in range(len(kinds)) if k != j and (np.diff(x[:, k]) == 0)[is_pair].mean() >= 0.98]
@@ -95,4 +100,16 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     traits = [k for k in traits if steps[:, k].min() < 0 < steps[:, k].max()]
     num_different = len(np.unique(x[first][:, traits], axis=0)) if traits else 0
     has_number = any(kinds[k] == "number" for k in traits)
-    return len(traits) if len(traits) > 1 and has_number and num_different >= len(values) / 2 else 0
+    return len(traits) if len(traits) > 1 and has_number and num_different >= len(first) / 2 else 0
+
+
+def _of_some_groups(sizes: np.ndarray) -> np.ndarray:
+    """Which rows, sorted by group, are compared: all if there are at most 10,000, else those of groups that we draw."""
+    if sizes.sum() <= _MOST_ROWS:
+        return np.ones(sizes.sum(), bool)
+    taken = np.minimum(sizes, _MOST_ROWS // _MIN_GROUPS)
+    order = np.random.default_rng(0).permutation(len(sizes))
+    drawn = np.zeros(len(sizes), bool)
+    drawn[order] = np.cumsum(taken[order]) <= _MOST_ROWS
+    place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # in its group
+    return place < np.repeat(np.where(drawn, taken, 0), sizes)

@@ -128,8 +128,8 @@ def adaptation(
       ValueError: if `rates` or `order` is unknown, or `num_steps` is negative.
       ValueError: at trace time, if `adapt` or `leaves_per_step` finds no leaf, or both find the same leaf.
       ValueError: at trace time, if a leaf with a value per step has a leading axis other than T.
-      ValueError: at trace time, if `init` makes leaves that do not adapt and there is a `rule`, or leaves that adapt
-        and there is a `proximal`.
+      ValueError: at trace time, if `init` makes leaves that do not adapt and the `rule` is of kind "biased" or
+        "pseudo", or leaves that adapt and there is a `proximal`.
       ValueError: at trace time, if λ is not a dict with "init" (and "rate" if it is learned), or if the "mask" of a
         task has an axis of tasks.
 
@@ -163,9 +163,12 @@ def adaptation(
         sampler=sampler,
         keep_support=keep_support,
         with_context=with_context,
-        has_rule=rule is not None,
+        rule_kind="exact",
         log_constant=_checks.constant_state_logged_once(),
     )
+    if rule is not None:  # no kind is known before the rule has a problem
+        kind = rule(_problem.make_problem(spec, constants_once=False), num_steps=num_steps).kind
+        spec = spec._replace(rule_kind=kind)
     problem = _problem.make_problem(spec, constants_once=False)
     unrolling = _problem.make_problem(spec, constants_once=True)
     # Checkpoints save memory, but each would store a copy of the part that is computed once.

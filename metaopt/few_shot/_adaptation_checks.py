@@ -94,8 +94,10 @@ def check_leaves(spec: Any, params: Any, made: Any, meta_leaves: Mapping[Any, An
             f'`proximal` is the distance from λ["init"], which lacks the leaves {new} that `init` returned: let them '
             f"not adapt (`adapt`), or leave out `proximal`. {hint}."
         )
-    if spec.has_rule and jax.tree.leaves(made):
+    # Exact rules differentiate `init`, and unbiased ones perturb λ before it. Other rules start after it.
+    if spec.rule_kind in ("biased", "pseudo") and jax.tree.leaves(made):
         raise ValueError(
-            f"`init` made the leaves {[*map(_leaves.name, _leaves.by_path(made))]}, which do not adapt, and a `rule` "
-            f"sees no derivative through them: let them adapt (`adapt`), or leave out the `rule`. {hint}."
+            f"`init` made the leaves {[*map(_leaves.name, _leaves.by_path(made))]}, which do not adapt, and the "
+            f"`rule` (of kind {spec.rule_kind!r}) sees no derivative through them: let them adapt (`adapt`), leave out "
+            f"the `rule`, or use one that perturbs λ, such as `hypergrad.evolution`. {hint}."
         )

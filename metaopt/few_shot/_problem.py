@@ -20,7 +20,8 @@ from metaopt.few_shot._phase import traced_after_steps
 class Spec(NamedTuple):
     """The arguments of `adaptation` that define its problem, with losses in their full form.
 
-    `log_constant` warns of a model state that the loss does not return.
+    `rule_kind` is the kind of the hypergradient, which is "exact" without a `rule`. `log_constant` warns of a model
+    state that the loss does not return.
     """
 
     loss: Callable
@@ -37,7 +38,7 @@ class Spec(NamedTuple):
     sampler: inner.Sampler | None
     keep_support: bool
     with_context: bool
-    has_rule: bool
+    rule_kind: str
     log_constant: Callable
 
 

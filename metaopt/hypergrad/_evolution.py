@@ -54,7 +54,18 @@ def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParam
     expected, structure = jax.tree.structure(hyperparams), jax.tree.structure(sigma)
     if structure != expected:
         raise ValueError(f"`sigma` must be a number or a tree like λ, {expected}; got {structure}.")
+    jax.tree.map(_check_precision, hyperparams, sigma)
     return jax.tree.map(lambda x, s: jnp.broadcast_to(jnp.asarray(s, x.dtype), x.shape), hyperparams, sigma)
+
+
+def _check_precision(x: jax.Array, sigma: jax.Array | float) -> None:
+    """Raises ValueError if λ has 16 bits, in which perturbations of this size are lost."""
+    precision = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize == 2 else 0.0
+    if not isinstance(sigma, Tracer) and np.any(np.asarray(sigma, float) < precision):
+        raise ValueError(
+            f"`sigma` must be at least {precision:.2g} for a λ of dtype {x.dtype}, which rounds smaller perturbations "
+            f"away; got {sigma}. Use a larger `sigma`, or float32 for λ."
+        )
 
 
 def normals(key: jax.Array, hyperparams: base.HyperParams, num_pairs: int) -> base.HyperParams:
@@ -195,7 +206,7 @@ def evolution(
 
     Raises:
       ValueError: if `num_steps` is too small, `num_pairs` or `sigma` is not positive, or `outer` does not have T
-        weights; at trace time, if `sigma` is a tree that is not like λ.
+        weights; at trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
       https://arxiv.org/abs/1810.10180.
@@ -251,7 +262,7 @@ def persistent_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -287,7 +298,7 @@ def es_single(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -325,7 +336,7 @@ def truncated_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ.
+        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

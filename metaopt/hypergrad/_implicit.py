@@ -105,8 +105,8 @@ def implicit(
       "outer_grad_norm", which is ‖∂f/∂θ‖, and "num_products", the number of products with A.
 
     Raises:
-      ValueError: if `damping` or `horizon` is negative, `batch` or `condition` is unknown, or two arguments exclude
-        each other.
+      ValueError: if `num_steps`, `damping` or `horizon` is negative, `batch` or `condition` is unknown, or two
+        arguments exclude each other.
       ValueError: at trace time, if only `init` uses a leaf of λ. With the condition "gradient", also if only `update`
         uses it.
 
@@ -115,7 +115,7 @@ def implicit(
       https://arxiv.org/abs/2006.16218. iMAML is `warm_start=False` with a proximal term in ℓ: Rajeswaran et al.,
       NeurIPS 2019, https://arxiv.org/abs/1909.04630.
     """
-    _stationary.check(damping, batch, condition)
+    _stationary.check(num_steps, damping, batch, condition)
     _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
     if horizon and not warm_start:
         raise ValueError(f"`horizon` needs `warm_start=True`, or must be None; got {horizon}.")

@@ -70,7 +70,7 @@ def implicit_solve(
       (a rate, an initialization).
 
     Raises:
-      ValueError: if `damping` is negative, or `batch` or `condition` is unknown.
+      ValueError: if `num_steps` or `damping` is negative, or `batch` or `condition` is unknown.
 
     >>> import jax, optax
     >>> from metaopt import hypergrad, inner
@@ -84,7 +84,7 @@ def implicit_solve(
     >>> print(f"{jax.grad(outer)(1.0):.4f} {jax.grad(jax.grad(outer))(1.0):.4f}")  # θ* = 1 / (1 + penalty)
     -0.2500 0.2500
     """
-    _stationary.check(damping, batch, condition)
+    _stationary.check(num_steps, damping, batch, condition)
     solver = _stationary.default_solver(solver, condition)
 
     def train(hyperparams, key, data, num_steps=num_steps):

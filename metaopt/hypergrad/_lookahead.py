@@ -52,12 +52,13 @@ def lookahead(
       depends on λ too, so the kind is "biased". With `commit=0` it is "exact".
 
     Raises:
-      ValueError: if `num_steps` or `horizon` is negative, or `remat` is unknown; at trace time, if a leaf of λ enters
-        neither a virtual step nor the outer loss.
+      ValueError: if `commit`, `num_steps` or `horizon` is negative, or `remat` is unknown; at trace time, if a leaf of
+        λ enters neither a virtual step nor the outer loss.
 
     Source: Liu, Simonyan & Yang, ICLR 2019, https://arxiv.org/abs/1806.09055, Eq. 6; Luketina et al., ICML 2016.
     """
     _checks.check_positive("horizon", horizon, zero=True, optional=True)  # with −1, every estimate would be done
+    _checks.check_integer("commit", commit, 0)
     _unroll.check_steps(num_steps, remat)
     loop = problem.loop
 

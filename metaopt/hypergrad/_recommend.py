@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import base, inner
+from metaopt import _checks, base, inner
 from metaopt._progress import report_progress
 from metaopt.hypergrad import (
     _check,
@@ -176,8 +176,9 @@ def recommend(
       one sentence, and `costs` has, for every rule, the `memory` in MiB and the `flops` in multiples of plain training.
 
     Raises:
-      ValueError: if no rule can handle the problem within `max_memory`.
+      ValueError: if a leaf of λ is not floating-point, or no rule can handle the problem within `max_memory`.
     """
+    _checks.check_hyperparams(hyperparams)
     key = jax.random.key(0)
     loop = problem.loop
 

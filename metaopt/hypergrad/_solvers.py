@@ -217,10 +217,11 @@ def nystrom(*, rank: int, damping: float) -> Solver:
       A `Solver` that draws its columns with the key and needs no guess. It needs the memory of k vectors like θ.
 
     Raises:
-      ValueError: if `damping` is not positive.
+      ValueError: if `rank < 1`, or `damping` is not positive.
 
     Source: Hataya & Yamada, AISTATS 2023, https://arxiv.org/abs/2302.09726
     """
+    _checks.check_integer("rank", rank, 1)  # −1 would take all columns but one
     _checks.check_positive("damping", damping)
 
     def solve(matvec, b, initial, *, key):

@@ -17,7 +17,8 @@ CONDITIONS = ("gradient", "step")
 BATCHES = ("next", "full")
 
 
-def check(damping: float, batch: Any, condition: str) -> None:
+def check(num_steps: int, damping: float, batch: Any, condition: str) -> None:
+    _checks.check_integer("num_steps", num_steps, 0)
     _checks.check_positive("damping", damping, zero=True)
     if not callable(batch) and batch not in BATCHES:
         raise ValueError(f'`batch` must be "next", "full" or a function `(key, data) -> batch`; got {batch!r}.')

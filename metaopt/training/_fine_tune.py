@@ -81,10 +81,12 @@ def fine_tune(
       the best.
 
     Raises:
+      ValueError: if `num_steps` is negative.
       ValueError: at trace time, if the start does not fit `space`, or `space` is not the problem's.
       ValueError: at trace time, without `space`, if the start is in natural units and the estimator takes unconstrained
         coordinates.
     """
+    _checks.check_integer("num_steps", num_steps, 0)
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):

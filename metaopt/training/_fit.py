@@ -155,6 +155,7 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
+      ValueError: if `learner` is not a `Learner`, or `sample_tasks` not a function.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `keep_best` or `keep_nonfinite` and no
         `checkpoint_dir`.
       ValueError: if `eval_every` is not a whole number of at least 1, or `keep_best` or `keep_nonfinite` is not an

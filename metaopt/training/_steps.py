@@ -22,6 +22,7 @@ class Steps:
     """Draws tasks, and holds the compiled programs of a run: for the initial state, one step, and several steps."""
 
     def __init__(self, learner, sample_tasks, keys, hyperparams, steps_per_call, space=None, donate=True):
+        _check_functions(learner, sample_tasks)
         init_key, self.sample_key = keys
         # A `Partial` is an argument of the program, so that its arrays (`tasks.episodes`) are not compiled into it.
         self.sampler = sample_tasks if isinstance(sample_tasks, Partial) else Partial(sample_tasks)
@@ -52,8 +53,7 @@ class Steps:
         with report.during("drawing tasks"):
             args = (*self.start, self.draw(0))
         with report.compiling("the initial state"):
-            if _checks.has_unchecked_labels(self.tasks):
-                _processes.in_all(self._show_labels)
+            _processes.in_all(self._show_labels)  # in all, also if only some processes can read the labels
             _compile(self.init, args, [])
         state = owned(self.init(*args))
         return Run(state, self.start[1], {}, [], step=0, drawn=0, any_done=_any(state.done))
@@ -64,6 +64,8 @@ class Steps:
         The program itself has the tasks as arguments. Their values are not known while JAX traces it, and a compiled
         program cannot raise.
         """
+        if not _checks.has_unchecked_labels(self.tasks):
+            return
         jax.eval_shape(lambda *start: self.learner_init(*start, self.tasks), *self.start)
 
     def next_call(self, run: Run, num: int, report: Report) -> tuple[Callable, tuple, int]:
@@ -102,6 +104,17 @@ class Steps:
                 programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}
             self.descriptions[types] = {"environment": _program.environment(), **programs}
         return self.descriptions[types]
+
+
+def _check_functions(learner: Any, sample_tasks: Any) -> None:
+    """Raises ValueError if the first two arguments of `fit` are exchanged, or are a task or an estimator."""
+    is_learner = all(callable(getattr(learner, name, None)) for name in ("init", "step"))
+    if not is_learner or not callable(sample_tasks):
+        raise ValueError(
+            "The first arguments of `fit` are `learner`, made by `training.learner(estimator, optimizer)`, and "
+            f"`sample_tasks`, a function `(key) -> tasks`; got {type(learner).__name__} and "
+            f"{type(sample_tasks).__name__}. For fixed tasks, pass `lambda key: tasks`."
+        )
 
 
 def _draw(sample_tasks: SampleTasksFn, key: jax.Array, step: Any) -> base.PyTree:

@@ -1,5 +1,7 @@
 """The column of groups that the report of a fit suggests."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,6 +36,26 @@ def test_the_report_names_the_column_of_groups(tmp_path):
         column, action, reason = each.report_.iloc[-1]
         assert (column, action) == ("patient", "suspected") and "pass this column as `groups`" in reason
     assert model.fit(frame, frame["x"], groups="patient").suspected_groups_ == ()
+
+
+@pytest.mark.parametrize(("num", "size"), [(6_000, 4), (12, 2_000)])
+def test_groups_are_found_in_a_sample_of_a_long_table(num, size):
+    rng = np.random.default_rng(1)
+    frame = visits(num, size).assign(height=np.repeat(rng.normal(size=num), size))
+    assert suspected(frame) == ("patient",)
+    assert suspected(frame.sample(frac=1.0, random_state=0)) == ("patient",)
+    assert suspected(frame.assign(age=rng.permutation(frame["age"]), sex=rng.permutation(frame["sex"]))) == ()
+
+
+@pytest.mark.once
+def test_a_long_and_wide_table_takes_seconds():
+    """Comparing all rows for each column took 20 s."""
+    frame = pd.DataFrame(np.random.default_rng(0).integers(0, 200, (1000, 100))).add_prefix("column")
+    encoder = tasks.fit_encoder(frame)
+    x = np.random.default_rng(1).integers(0, 200, (100_000, 100)).astype(float)
+    began = time.process_time()
+    assert _report.suspected_groups(x, encoder) == ()
+    assert time.process_time() - began < 8
 
 
 @pytest.mark.parametrize(

@@ -450,6 +450,38 @@ def test_leaves_made_by_init_that_do_not_adapt_stay(order):
     np.testing.assert_allclose(outputs[-1], predicted(end, DATA[1]["x"]), rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        hypergrad.unrolled,
+        hypergrad.forward,
+        functools.partial(hypergrad.evolution, sigma=1e-4, num_pairs=2000),
+    ],
+    ids=["unrolled", "forward", "evolution"],
+)
+def test_rules_that_see_init_have_the_derivative_through_leaves_that_it_made(rule):
+    """The body enters only through the gain that `init` makes of it."""
+    gain = lambda key, hyperparams, data: {**hyperparams["init"], "gain": jnp.sin(hyperparams["init"]["body"])}
+    loss = lambda params, hyperparams, batch: ((params["gain"] * params["head"] * batch - 2.0) ** 2).mean()
+    meta, size = {"body": jnp.array(0.7), "head": jnp.array(0.3)}, 1e-6
+    task = base.Task(jnp.array([1.0, 2.0]), jnp.array([1.5, -0.5]))
+
+    def outer(body):
+        """f after two steps of the head, in NumPy."""
+        head, product = 0.3, np.sin(body) * np.array(task.train)
+        for _ in range(2):
+            head = head - 0.1 * (2 * product * (product * head - 2.0)).mean()
+        return ((np.sin(body) * head * np.array(task.valid) - 2.0) ** 2).mean()
+
+    a = few_shot.adaptation(loss, init=gain, adapt="head", rate=0.1, num_steps=2, rule=rule)
+    hyperparams = a.hyperparams(meta)
+    estimate, _ = jax.jit(a.estimator.estimate)(hyperparams, task, a.estimator.init(KEY, hyperparams, task))
+    error = 4 * np.sqrt(estimate.metrics.get("sampling_variance", 0.0)) + 1e-8
+    expected = (outer(0.7 + size) - outer(0.7 - size)) / (2 * size)
+    assert error < abs(expected) / 4
+    assert abs(estimate.hypergrad["init"]["body"] - expected) < error
+
+
 def test_inputs_and_labels_of_a_support_set_may_be_trees():
     def line(params, batch):
         levels, slopes = batch["x"]

@@ -1,18 +1,23 @@
 """What every few-shot method must satisfy.
 
 To add a method: write it in a file of `metaopt/few_shot`, export it in `__init__.py`, and add a row to `METHODS`. The
-row is a function `(loss, features) -> Adaptation`, where `loss(params, hyperparams, batch)` is a cross-entropy and
-`features(params, batch)` is [N, D]; take the one that the method needs. λ["init"] has the leaves "map" and "head". All
-tests below then run for the method, as parts of one compiled program. A second setting of a method may have its own
-row.
+row is the kind of its hypergradient and a function `(loss, features) -> Adaptation`, where
+`loss(params, hyperparams, batch)` is a cross-entropy and `features(params, batch)` is [N, D]; take the one that the
+method needs. λ["init"] has the leaves "map" and "head". All tests below then run for the method, as parts of one
+compiled program. A second setting of a method may have its own row.
 
-A method of kind "unbiased" draws random numbers for its hypergradient. Its `value` may be a mean over perturbed λ,
-which differs from the loss at λ. Use perturbations of about 1e-4 in its row, so that the tests accept the difference.
+The kinds are those of `base.Estimator`. The tests compare the kind of a row with that of the estimator, and with the
+hypergradient: "exact" is the derivative of `value`; "biased" and "pseudo" are not; all three are the same for each key;
+"unbiased" differs between keys, and its mean is the derivative of `value`. The `value` of such a method may be a mean
+over perturbed λ, which differs from the loss at λ. Use perturbations of about 1e-4 in its row, so that the tests accept
+the difference.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +29,47 @@ from metaopt import base, few_shot, hypergrad, inner
 
 RATE = 0.3
 LSLR = {"rates": "leaf", "rates_per_step": True}
-EVOLUTION = functools.partial(hypergrad.evolution, sigma=1e-4, num_pairs=2)
+EVOLUTION = functools.partial(hypergrad.evolution, sigma=1e-4, num_pairs=8)
+
+
+class Row(NamedTuple):
+    """One method: the kind of its hypergradient, and `(loss, features) -> Adaptation`."""
+
+    kind: str
+    make: Callable[..., few_shot.Adaptation]
+
+
 METHODS = {
-    "maml": lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE),
-    "fomaml": lambda loss, features: few_shot.fomaml(loss, num_steps=2, rate=RATE),
-    "anil": lambda loss, features: few_shot.anil(loss, num_steps=2, rate=RATE),
-    "boil": lambda loss, features: few_shot.boil(loss, num_steps=2, rate=RATE),
-    "meta_sgd": lambda loss, features: few_shot.meta_sgd(loss, num_steps=2, rate=RATE),
-    "maml_plus_plus": lambda loss, features: few_shot.maml_plus_plus(loss, num_steps=2, rate=RATE),
-    "imaml": lambda loss, features: few_shot.imaml(loss, proximal=1.0, num_steps=3, rate=RATE),
-    "cavia": lambda loss, features: few_shot.cavia(loss, num_context=3, num_steps=2, rate=RATE),
-    "pretrained": lambda loss, features: few_shot.pretrained(loss, test_steps=2, rate=RATE),
-    "proto_maml": lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE),
-    "prototypical_networks": lambda loss, features: few_shot.prototypical_networks(features),
-    "ridge_head": lambda loss, features: few_shot.ridge_head(features),
-    "Reptile": lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE, rule=hypergrad.reptile),
-    "evolution": lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE, rule=EVOLUTION),
-    "proto_maml, learned rates": lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE, **LSLR),
-    "proto_maml, only the head": lambda loss, features: few_shot.proto_maml(
-        features, num_steps=2, rate=RATE, adapt="^head"
+    "maml": Row("exact", lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE)),
+    "fomaml": Row("biased", lambda loss, features: few_shot.fomaml(loss, num_steps=2, rate=RATE)),
+    "anil": Row("exact", lambda loss, features: few_shot.anil(loss, num_steps=2, rate=RATE)),
+    "boil": Row("exact", lambda loss, features: few_shot.boil(loss, num_steps=2, rate=RATE)),
+    "meta_sgd": Row("exact", lambda loss, features: few_shot.meta_sgd(loss, num_steps=2, rate=RATE)),
+    "maml_plus_plus": Row("exact", lambda loss, features: few_shot.maml_plus_plus(loss, num_steps=2, rate=RATE)),
+    "imaml": Row("biased", lambda loss, features: few_shot.imaml(loss, proximal=1.0, num_steps=3, rate=RATE)),
+    "cavia": Row("exact", lambda loss, features: few_shot.cavia(loss, num_context=3, num_steps=2, rate=RATE)),
+    "pretrained": Row("exact", lambda loss, features: few_shot.pretrained(loss, test_steps=2, rate=RATE)),
+    "proto_maml": Row("exact", lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE)),
+    "prototypical_networks": Row("exact", lambda loss, features: few_shot.prototypical_networks(features)),
+    "ridge_head": Row("exact", lambda loss, features: few_shot.ridge_head(features)),
+    "Reptile": Row(
+        "pseudo", lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE, rule=hypergrad.reptile)
     ),
-    "ridge_head that adapts": lambda loss, features: few_shot.ridge_head(features, num_steps=2, rate=RATE),
+    "evolution": Row("unbiased", lambda loss, features: few_shot.maml(loss, num_steps=2, rate=RATE, rule=EVOLUTION)),
+    "proto_maml, learned rates": Row(
+        "exact", lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE, **LSLR)
+    ),
+    "proto_maml, only the head": Row(
+        "exact", lambda loss, features: few_shot.proto_maml(features, num_steps=2, rate=RATE, adapt="^head")
+    ),
+    "ridge_head that adapts": Row(
+        "exact", lambda loss, features: few_shot.ridge_head(features, num_steps=2, rate=RATE)
+    ),
 }
 
 pytestmark = pytest.mark.once  # one large program
 KEY = jax.random.key(0)
+NUM_DRAWS = 200  # of random hypergradients
 RNG = np.random.default_rng(1)
 WAYS, DIM = 3, 4  # the third class is padding
 META = {"map": RNG.normal(size=(DIM, DIM)), "head": {"w": RNG.normal(size=(DIM, WAYS)), "b": RNG.normal(size=WAYS)}}
@@ -81,7 +102,7 @@ def loss(params, hyperparams, batch):
 def methods():
     """All methods: their adaptations, λ, and one program `(λ, support, query, key) -> (estimates, outputs)`."""
     to_jax = lambda tree: jax.tree.map(jnp.asarray, tree)
-    adaptations = {name: make(loss, features) for name, make in METHODS.items()}
+    adaptations = {name: row.make(loss, features) for name, row in METHODS.items()}
     hyperparams = {name: a.hyperparams(to_jax(META), to_jax(SUPPORT)) for name, a in adaptations.items()}
 
     @jax.jit
@@ -102,6 +123,13 @@ def methods():
 
 def assert_close(actual, expected, rtol=1e-9):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-11), actual, expected)
+
+
+def differences(methods, direction):
+    """The slope of each method's `value` along a direction, by central differences."""
+    moved = lambda size: methods.run(optax.tree.add_scale(methods.hyperparams, size, direction))[0]
+    high, low = moved(1e-5), moved(-1e-5)
+    return {name: float(high[name].value - low[name].value) / 2e-5 for name in METHODS}
 
 
 def test_every_public_method_has_a_row():
@@ -145,8 +173,9 @@ def test_padded_rows_are_not_read(methods):
     assert_close((estimates, real(predictions)), (methods.reference[0], real(methods.reference[1])))
 
 
-def is_random(methods, name):
-    return methods.adaptations[name].estimator.kind == "unbiased"
+def test_each_method_has_the_kind_of_its_row(methods):
+    kinds = {name: a.estimator.kind for name, a in methods.adaptations.items()}
+    assert kinds == {name: row.kind for name, row in METHODS.items()}
 
 
 def test_without_a_sampler_the_key_matters_only_to_random_hypergradients(methods):
@@ -154,7 +183,7 @@ def test_without_a_sampler_the_key_matters_only_to_random_hypergradients(methods
     assert_close(predictions, methods.reference[1], rtol=0)
     for name, estimate in estimates.items():
         expected = methods.reference[0][name]
-        if is_random(methods, name):
+        if METHODS[name].kind == "unbiased":
             assert optax.tree.norm(optax.tree.sub(estimate.hypergrad, expected.hypergrad)) > 1e-3, name
         else:
             assert_close(estimate, expected, rtol=0)
@@ -165,7 +194,9 @@ def test_training_and_prediction_adapt_in_the_same_way(methods):
     for name, estimate in methods.reference[0].items():
         step = 0 if name == "pretrained" else -1
         expected = inner.cross_entropy(jnp.asarray(methods.reference[1][name][step]), jax.tree.map(jnp.asarray, QUERY))
-        assert estimate.value == pytest.approx(float(expected), rel=1e-6 if is_random(methods, name) else 1e-10), name
+        assert estimate.value == pytest.approx(
+            float(expected), rel=1e-6 if METHODS[name].kind == "unbiased" else 1e-10
+        ), name
 
 
 def test_steps_change_predictions(methods):
@@ -174,16 +205,28 @@ def test_steps_change_predictions(methods):
         assert all(abs(a - b).max() > 1e-3 for a, b in zip(predicted, predicted[1:], strict=False)), name
 
 
-def test_exact_hypergradients_are_those_of_finite_differences(methods):
+def test_only_exact_hypergradients_are_those_of_finite_differences(methods):
     """Along one random direction of all of λ."""
     rng = np.random.default_rng(3)
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), methods.hyperparams)
-    moved = lambda size: methods.run(optax.tree.add_scale(methods.hyperparams, size, direction))[0]
-    high, low = moved(1e-5), moved(-1e-5)
-    exact = [name for name, a in methods.adaptations.items() if a.estimator.kind == "exact"]
-    assert len(exact) >= 12
-    for name in exact:
-        expected = (high[name].value - low[name].value) / 2e-5
-        assert abs(expected) > 1e-3, name
+    expected = differences(methods, direction)
+    for name in [name for name, row in METHODS.items() if row.kind != "unbiased"]:
+        assert abs(expected[name]) > 1e-3, name
         slope = optax.tree.vdot(methods.reference[0][name].hypergrad, direction[name])
-        np.testing.assert_allclose(slope, expected, rtol=1e-6, err_msg=name)
+        is_derivative = abs(slope - expected[name]) < 1e-6 * abs(expected[name])
+        assert is_derivative == (METHODS[name].kind == "exact"), (name, slope, expected[name])
+
+
+def test_the_mean_of_random_hypergradients_is_that_of_finite_differences(methods):
+    """Along the mean of some of the draws, on which the others have a large slope."""
+    random = [name for name, row in METHODS.items() if row.kind == "unbiased"]
+    draws = [methods.run(key=jax.random.key(i))[0] for i in range(NUM_DRAWS)]
+    draws = {name: [estimates[name].hypergrad for estimates in draws] for name in random}
+    direction = {name: jax.tree.map(lambda *x: sum(x), *draws[name][::2]) for name in random}
+    direction = {name: optax.tree.scale(1 / optax.tree.norm(x), x) for name, x in direction.items()}
+    expected = differences(methods, optax.tree.zeros_like(methods.hyperparams) | direction)
+    for name in random:
+        slopes = np.array([optax.tree.vdot(x, direction[name]) for x in draws[name][1::2]])
+        error = slopes.std(ddof=1) / np.sqrt(len(slopes))
+        assert abs(expected[name]) > 8 * error, f"{name}: too few draws"
+        assert abs(slopes.mean() - expected[name]) < 4 * error, (name, slopes.mean(), expected[name])

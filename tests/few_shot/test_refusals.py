@@ -230,10 +230,10 @@ REFUSALS = [
     (value_per_step_of_leaves_that_look_alike, r"`num_steps` = 1; 'w\$' finds {'enc/w': \(3,\)}"),
     (
         lambda: start(few_shot.imaml(loss, proximal=1.0, init=with_made, adapt="hidden")),
-        r"made the leaves \['gain'\], which do not adapt, and a `rule`",
+        r"made the leaves \['gain'\], which do not adapt, and the `rule` \(of kind 'biased'\)",
     ),
     (
-        lambda: adapt_under_other_keys(rule=hypergrad.unrolled),
+        lambda: adapt_under_other_keys(rule=hypergrad.reptile),
         r"made the leaves \['body'\], .*sees no derivative.* return them in the containers",
     ),
     (

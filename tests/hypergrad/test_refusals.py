@@ -23,6 +23,11 @@ evolution = partial(hypergrad.evolution, RIDGE, num_steps=4, **WINDOWS)
 persistent_es = partial(hypergrad.persistent_es, RIDGE, num_steps=4, truncation_length=2, **WINDOWS)
 
 
+def estimate_of_16_bits(dtype, sigma):
+    estimator = hypergrad.evolution(RIDGE, num_steps=1, sigma=sigma, num_pairs=2)
+    jax.eval_shape(estimator.estimate, {"log_penalty": jnp.zeros([], dtype)}, TASK, KEY)
+
+
 def batched(tasks):
     return hypergrad.over_tasks(ONE_STEP).init(KEY, LAM, tasks)
 
@@ -102,6 +107,22 @@ REFUSALS = [
     (lambda: hypergrad.trace(RIDGE, num_steps=-1), "`num_steps` must be at least 0; got -1"),
     (lambda: evolution(num_steps=-1), "`num_steps` must be at least 0; got -1"),
     (lambda: lookahead(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: lookahead(commit=-1), "`commit` must be at least 0; got -1"),
+    (lambda: implicit(num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: hypergrad.nystrom(rank=-1, damping=0.1), "`rank` must be at least 1; got -1"),
+    # Numbers of 16 bits, and integers.
+    *(
+        (
+            lambda dtype=dtype, sigma=sigma: estimate_of_16_bits(dtype, sigma),
+            rf"`sigma` must be at least .* for a λ of dtype {dtype}.*float32 for λ",
+        )
+        for dtype, sigma in (("float16", 1e-4), ("bfloat16", 1e-3), ("float16", {"log_penalty": 1e-4}))
+    ),
+    (
+        lambda: hypergrad.recommend(RIDGE, {"log_penalty": 1}, TASK, num_steps=2),
+        r"`hyperparams\['log_penalty'\]` has dtype int.*only floating-point",
+    ),
     # Windows, weights of steps, checkpoints.
     (lambda: truncated(num_steps=0, truncation_length=1), "`truncation_length` must be at least 1 and divide"),
     (lambda: truncated(num_steps=4, truncation_length=0), "`truncation_length` must be at least 1 and divide.*got 0 "),

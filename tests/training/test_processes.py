@@ -19,7 +19,7 @@ import pytest
 import small_estimators as small
 from jax.experimental import multihost_utils
 
-from metaopt import training
+from metaopt import base, training
 from metaopt.training import _checkpoints, _processes, _steps
 
 SCRIPT = pathlib.Path(__file__).with_name("two_processes.py")
@@ -246,6 +246,25 @@ def test_the_tasks_of_a_checkpoint_are_drawn_in_all_processes_or_in_none(monkeyp
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack([x, others_part]))
     with pytest.raises(ValueError, match="another process had an error"):
         steps.drawn_for(3)
+
+
+def test_processes_exchange_as_often_if_only_some_can_read_the_labels(monkeypatch):
+    """Otherwise those that check their labels would wait for the others."""
+    exchanges = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: exchanges.append(x) or np.stack([x, x]))
+    estimate = lambda hyperparams, task, state: (base.Estimate(hyperparams, hyperparams, jnp.array(True), {}), state)
+    estimator = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+    learner, key = training.learner(estimator, optax.sgd(0.1)), jax.random.key(0)
+
+    def num_exchanges(labels):
+        exchanges.clear()
+        steps = _steps.Steps(learner, lambda key: {"y": labels}, (key, key), jnp.array(1.0), 1)
+        with training.report_progress(None, False) as report:
+            steps.first(report)
+        return len(exchanges)
+
+    assert num_exchanges(np.array([0, 1])) == num_exchanges(np.array([0.5, 1.0])) > 0  # only integers are checked
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "bool", "complex64"])

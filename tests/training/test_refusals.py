@@ -44,6 +44,11 @@ def fit(hyperparams=7.0, sample_tasks=lambda key: np.ones(3), **options):
     training.fit(learner, sample_tasks, hyperparams=hyperparams, key=KEY, **{"num_steps": 5} | options)
 
 
+def fit_swapped():
+    learner = training.learner(QUADRATIC, optax.sgd(0.1))
+    training.fit(lambda key: np.ones(3), learner, hyperparams=7.0, key=KEY, num_steps=5)
+
+
 def fit_other_shapes():
     """The second draw has another shape, and some of the first tasks are not done."""
     sizes = iter([4, 5])
@@ -98,6 +103,11 @@ def propose(**options):
 
 REFUSALS = [
     # `fit` and `learner`.
+    (
+        lambda: fit(sample_tasks=base.Task(1.0, 2.0)),
+        r"`sample_tasks`, a function `\(key\).* got Learner and Task\. For",
+    ),
+    (fit_swapped, "The first arguments of `fit` are `learner`.* got function and Learner"),
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
     (lambda: fit(patience=3), "pass `evaluate`"),
@@ -143,6 +153,8 @@ REFUSALS = [
         )
         for num in (1, 2)
     ),
+    (lambda: training.fine_tune(QUADRATIC, num_steps=-1), "`num_steps` must be at least 0; got -1"),
+    (lambda: training.fine_tune(QUADRATIC, num_steps=2.5), "`num_steps` must be an integer"),
     (fine_tune_in_another_space, "the problem's space differ"),
     (lambda: fit_in_space(hyperparams=NAN), r"The initial `hyperparams\['rates'\].inner` is not finite"),
     # `propose`.
