@@ -1,7 +1,5 @@
 """The column of groups that the report of a fit suggests."""
 
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,17 +43,6 @@ def test_groups_are_found_in_a_sample_of_a_long_table(num, size):
     assert suspected(frame) == ("patient",)
     assert suspected(frame.sample(frac=1.0, random_state=0)) == ("patient",)
     assert suspected(frame.assign(age=rng.permutation(frame["age"]), sex=rng.permutation(frame["sex"]))) == ()
-
-
-@pytest.mark.once
-def test_a_long_and_wide_table_takes_seconds():
-    """Comparing all rows for each column took 20 s."""
-    frame = pd.DataFrame(np.random.default_rng(0).integers(0, 200, (1000, 100))).add_prefix("column")
-    encoder = tasks.fit_encoder(frame)
-    x = np.random.default_rng(1).integers(0, 200, (100_000, 100)).astype(float)
-    began = time.process_time()
-    assert _report.suspected_groups(x, encoder) == ()
-    assert time.process_time() - began < 8
 
 
 @pytest.mark.parametrize(
