@@ -265,6 +265,16 @@ def test_fit_reports_compilations_evaluations_and_steps_in_a_log(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_that_continues_reports_both_traces(capsys, tmp_path):
+    fit(num_steps=2, checkpoint_dir=tmp_path, progress=False)
+    fit(print_line, checkpoint_dir=tmp_path)
+    assert untimed(capsys.readouterr().err) == [
+        "step 2/5, tracing the initial state",
+        "step 2/5, tracing one step",
+        "step 5/5, value 4, hypergrad norm 4",
+    ]
+
+
 def test_the_evaluation_of_episodes_reports_compilations_in_a_log(capsys):
     traces = []
 

@@ -42,8 +42,9 @@ def hyperparameter_trace(
     """Plots λ over the outer steps, with one line per entry, named by its path.
 
     Args:
-      trace: a list of T values of λ; or one λ whose leaves have a leading axis of T, as a scan stacks them. With
-        `training.learner(record=...)`, the history of `training.fit` has such arrays.
+      trace: a list of T values of λ; or one λ whose leaves have a leading axis of T, as a scan stacks them. The
+        history of `training.fit` has only single numbers, such as `{"rate": result.history["rate"]}` after
+        `training.learner(record=...)`. Recorded arrays reach only callbacks: collect them there, as in the example.
       log: whether to use a logarithmic axis if every entry is positive.
       axes: the axes to draw on; None makes a figure.
 
@@ -52,12 +53,27 @@ def hyperparameter_trace(
       `layout="constrained"`, which leaves room for the legend.
 
     Raises:
-      ValueError: if the leaves disagree on T.
+      ValueError: if the trace is empty, or the leaves disagree on T.
       ImportError: if matplotlib is not installed.
+
+    Example:
+      >>> from metaopt import plots
+      >>> trace = []
+      >>> callback = lambda step, metrics: trace.append({"decay": metrics["decay"]})  # for `training.fit`
+      >>> callback(1, {"decay": np.array([0.1, 0.2])})  # `fit` calls it, with the arrays of `record`
+      >>> callback(2, {"decay": np.array([0.2, 0.4])})
+      >>> [line.get_label() for line in plots.hyperparameter_trace(trace).lines]
+      ['decay[0]', 'decay[1]']
     """
-    if isinstance(trace, list):
+    if isinstance(trace, list) and trace:
         trace = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trace)
     lines = entries(trace, num_leading=1)
+    if not lines:
+        raise ValueError(
+            "`trace` is empty: it has no numbers. The history of `training.fit` does not have recorded arrays. Collect "
+            "them by a callback: `fit(callback=lambda step, metrics: trace.append(metrics[NAME]))`, where NAME is the "
+            "path of an array in the tree of `training.learner(record=...)`."
+        )
     if len({line.shape for _, line in lines}) != 1 or () in {line.shape for _, line in lines}:
         shapes = {name: line.shape for name, line in lines}
         raise ValueError(f"Every leaf of `trace` must have the outer steps as its leading axis; got {shapes}.")

@@ -293,7 +293,7 @@ def _started(saved: Saved | None, steps: Steps, num_steps: int, allow_changed_pr
     # The tasks drawn last have the same shapes as the carried tasks.
     with report.during("drawing tasks"):
         tasks = steps.draw(saved.extra["drawn"])
-    run = _run.resumed(saved, jax.eval_shape(steps.init, *steps.start, tasks), steps.start[1], tasks)
+    run = _run.resumed(saved, steps.traced_init(tasks, report).out_info, steps.start[1], tasks)
     _run.check_program(saved, steps.describe(run.state, report), allow_changed=allow_changed_program)
     if run.step:
         report(run.step, value=run.history["value"][-1], norm=run.history["hypergrad_norm"][-1])

@@ -93,12 +93,17 @@ class Steps:
         self.compiled.add(kind)
         return True
 
+    def traced_init(self, tasks: base.PyTree, report: Report) -> Any:
+        """The trace of the initial state, which JAX keeps. A run that continues only traces the initial state."""
+        with report.during("tracing the initial state", compiles=True):
+            return self.init.trace(*self.start, tasks)
+
     def describe(self, state: LearnerState, report: Report) -> dict[str, Any]:
         """Describes the programs for tasks of the shapes in the state. JAX traces them only once."""
         types = _types(state.tasks)
         if types not in self.descriptions:
+            traced = {"init": self.traced_init(state.tasks, report)}
             with report.during("tracing one step", compiles=True):
-                traced = {"init": self.init.trace(*self.start, state.tasks)}
                 with _tuned_space.recording(self.learner_step):
                     traced["step"] = self.step.trace(state, state.tasks)
                 programs = {name: _program.describe(program.jaxpr) for name, program in traced.items()}

@@ -1,5 +1,6 @@
 """Retraining: the recipe by hand, dropped edges, going on after a stop; the report's figures from their definitions."""
 
+import json
 import signal
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 from scipy.stats import spearmanr
 
-from metaopt import inner, nas
+from metaopt import inner, nas, training
 from metaopt.nas import _augmentation
 
 KEY = jax.random.key(0)
@@ -206,6 +207,16 @@ def test_a_signal_leaves_nothing_that_looks_trained(kept, tmp_path):
         assert steps == [3, 4, 5, 6]
         np.testing.assert_allclose(losses, 0.8 ** (2 * np.arange(6)), rtol=1e-12)
         np.testing.assert_allclose(state.params, 1 - 0.8**6, rtol=1e-12)
+
+
+def test_a_log_of_the_training_has_only_the_loss(tmp_path):
+    loss = lambda params, scale, batch, context: ((params - batch["x"]) ** 2).mean()
+    loop = inner.loop(loss, lambda _: optax.sgd(0.1), init=lambda *_: (jnp.zeros(()), None), with_context=True)
+    log_to = training.log_to(tmp_path / "run.jsonl")
+    nas.train_loop(loop, {"x": jnp.ones(3)}, num_steps=2, key=KEY, progress=False, callback=log_to)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [list(line) for line in lines] == [["step", "loss"]] * 2
+    assert [line["loss"] for line in lines] == pytest.approx([1.0, 0.8**2])
 
 
 @pytest.mark.slow

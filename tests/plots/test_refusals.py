@@ -24,6 +24,9 @@ PLANE = base.Estimator(
 trace, diagram = plots.hyperparameter_trace, plots.critical_difference
 REFUSALS = [
     (lambda: trace({"a": np.ones(2), "b": np.ones(3)}), ValueError, "leading axis; got"),
+    (lambda: trace([]), ValueError, "`trace` is empty: .* Collect them by a callback"),
+    (lambda: trace({}), ValueError, "`trace` is empty: .* Collect them by a callback"),
+    (lambda: trace([{"op": "skip_connect"}]), ValueError, "`trace` is empty: it has no numbers"),
     (lambda: trace({"a": 1.0}), ValueError, "leading axis; got"),
     (lambda: plots.pareto({"a": np.ones((2, 3))}), ValueError, r"must be \[n, 2\]; 'a' has the shape \(2, 3\)"),
     (

@@ -41,7 +41,7 @@ def train_loop(
       num_steps: total number of steps, including the steps before an interruption.
       key: the source of all randomness.
       hyperparams: λ, constant, a tree of arrays; None if the loop has none.
-      callback: `(step, metrics) -> stop`, with the metric "loss", the training loss.
+      callback: `(step, metrics) -> stop`, with the only metric "loss", the training loss.
       progress: as for `training.fit`: None shows a bar in a terminal, and prints lines elsewhere.
       checkpoint_dir: the folder for checkpoints; each training needs its own. None writes no checkpoints.
       checkpoint_every: steps between checkpoints. Checkpoints do not contain the data.
@@ -66,7 +66,8 @@ def train_loop(
     def watch(step, metrics):
         nonlocal num_non_finite, ended
         num_non_finite = 0 if np.isfinite(metrics["loss"]) else num_non_finite + 1
-        ended = callback is not None and bool(callback(step, metrics))
+        # The other metrics of `fit`, such as the norm of a hypergradient, mean nothing here.
+        ended = callback is not None and bool(callback(step, {"loss": metrics["loss"]}))
         return ended or num_non_finite >= _MAX_NON_FINITE
 
     result = training.fit(
