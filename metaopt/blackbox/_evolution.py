@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from metaopt import base, spaces
+from metaopt.blackbox import _misfits
 
 
 class EvolutionState(NamedTuple):
@@ -33,7 +34,8 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     The first `population_size` trials are random, and so are later trials while the population is empty. All others are
     children: `sample_size` members are drawn with replacement, and the child is a copy of the best of them with one
     entry changed. This entry is drawn uniformly among those that are not fixed, and so is its new value. Trials without
-    a finite outcome, and trials of other searches that lie outside the space, do not enter the population.
+    a finite outcome, and trials of other searches that lie outside the space, do not enter the population. The log
+    warns of the latter.
 
     Each fidelity has its own population, because losses at different fidelities are not comparable. Parents come from
     the highest fidelity whose population has `sample_size` members (or `population_size`, if that is smaller). While no
@@ -76,12 +78,18 @@ class _Sizes(NamedTuple):
 
 
 def _init(key: jax.Array, space: base.PyTree) -> EvolutionState:
-    leaves = (spaces.Integer, spaces.Fixed)
-    if not isinstance(space, dict) or not all(isinstance(x, leaves) and not x.shape for x in space.values()):
+    if not isinstance(space, dict) or not all(isinstance(leaf, spaces.Leaf) for leaf in space.values()):
         raise ValueError(
-            "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed` without shape; got another "
-            "space. Write one leaf for each entry of an array."
+            f"`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed`; got {space!r}."
         )
+    for name, leaf in space.items():
+        integer = isinstance(leaf, (spaces.Integer, spaces.Fixed))
+        if not integer or leaf.shape:
+            advice = "Write one leaf for each entry of an array." if integer else "Use `tpe` for other leaves."
+            raise ValueError(
+                "`regularized_evolution` searches a dict of `spaces.integer` and `spaces.fixed` without shape; got "
+                f"`{name}`, a `spaces.{leaf.kind}`{f' of shape {leaf.shape}' if leaf.shape else ''}. {advice}"
+            )
     seed = tuple(int(word) for word in np.ravel(jax.random.key_data(key)))
     return EvolutionState(seed, dict(space), {}, 0)
 
@@ -125,22 +133,31 @@ def _child(sizes: _Sizes, rng: np.random.Generator, state: EvolutionState) -> di
 
 def _tell(sizes: _Sizes, state: EvolutionState, records: Sequence[base.Record]) -> EvolutionState:
     populations = {fidelity: deque(members, sizes.population) for fidelity, members in state.populations.items()}
+    reasons = []
     for record in records:
-        counts = record.status == "COMPLETE" and np.isfinite(record.outcome)
-        if counts and _fits(state.space, record.configuration):
+        if record.status != "COMPLETE" or not np.isfinite(record.outcome):
+            continue
+        if reason := _misfit(state.space, record.configuration):
+            reasons.append(reason)
+        else:
             own = populations.setdefault(record.fidelity, deque(maxlen=sizes.population))
             own.append((record.configuration, record.outcome))
+    _misfits.log_misfits(reasons, len(records), "They are not used.")
     return state._replace(populations={fidelity: tuple(members) for fidelity, members in populations.items()})
 
 
-def _fits(space, configuration) -> bool:
-    """Returns whether `configuration`, and therefore each child of it, is in the space."""
-    if configuration.keys() != space.keys() or spaces.foreign(space, configuration):
-        return False
-    # `foreign` does not check fixed values. A record's value may differ from that of the leaf by the rounding of
+def _misfit(space, configuration) -> str:
+    """Returns "" if `configuration`, and therefore each child of it, is in the space; otherwise the reason."""
+    if reason := _misfits.misfit(space, configuration):
+        return reason
+    # `misfit` does not check fixed values. A record's value may differ from that of the leaf by the rounding of
     # float32, and a fixed value may be NaN. So `==` does not work.
-    fixed = [(configuration[name], leaf.value) for name, leaf in space.items() if isinstance(leaf, spaces.Fixed)]
-    return all(_is_equal(value, expected) for value, expected in fixed)
+    for name, leaf in space.items():
+        if name not in configuration:
+            return f"The configuration lacks `{name}`."
+        if isinstance(leaf, spaces.Fixed) and not _is_equal(configuration[name], leaf.value):
+            return f"The configuration's `{name}` must be {leaf.value.item()!r}; got {configuration[name]!r}."
+    return ""
 
 
 def _is_equal(value: Any, expected: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from metaopt import base, hypergrad, spaces, training
-from metaopt.blackbox import _curves, _fidelities, _trial_tables
+from metaopt.blackbox import _curves, _fidelities, _misfits, _trial_tables
 from metaopt.blackbox._earlier_trials import candidate_key
 from metaopt.blackbox._new_trials import best_and_latest
 from metaopt.blackbox._random_search import seed_of
@@ -327,12 +327,14 @@ def _remaining(fidelities: np.ndarray) -> jax.Array:
 
 
 def _tell(learned: _Learned, state: FreezeThawState, records: Sequence[base.Record]) -> FreezeThawState:
+    reasons = []
     for record in records:
         if record.status not in ("COMPLETE", "PRUNED", "FAIL"):
             continue
         try:
             candidate = _row_of(learned, record.configuration)
-        except (TypeError, ValueError):  # a trial of another search that is not a candidate
+        except (TypeError, ValueError) as error:  # a trial of another search that is not a candidate
+            reasons += [str(error)] if record.status != "FAIL" else []
             continue
         asked = 0 <= record.trial < len(state.started) and state.started[record.trial] == candidate
         own = asked and record.seed == seed_of(state.key, record.trial)
@@ -343,6 +345,7 @@ def _tell(learned: _Learned, state: FreezeThawState, records: Sequence[base.Reco
         state = state._replace(seen=(*state.seen, *seen))
         if record.status != "COMPLETE" or not seen:
             state = state._replace(closed=state.closed | {candidate})
+    _misfits.log_misfits(reasons, len(records), "They are not used.")
     return state
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from metaopt import _checks, _extras, base, spaces
-from metaopt.blackbox import _fidelities, _random_search
+from metaopt.blackbox import _fidelities, _misfits, _random_search
 from metaopt.blackbox._goals import Goals, make_goals, values_of
 from metaopt.blackbox._optuna_outcomes import CONSTRAINTS
 
@@ -63,10 +63,11 @@ def tpe(
 
     Returns:
       A searcher for the spaces that `spaces.to_optuna` supports. `tell` also accepts records of trials that the
-      searcher did not ask for. It learns from them, unless they failed or lie outside the space. "COMPLETE" records at
-      the full budget rank first. Records at fidelities below 1 count like pruned trials in Optuna: they rank behind the
-      complete ones, and larger fidelities rank higher. "PRUNED" records rank last, in the order of their outcomes,
-      since they belong to an unknown fidelity below the requested one.
+      searcher did not ask for. It learns from them, unless they failed or lie outside the space, and ignores names
+      that the space does not have. One warning for each call counts such records, except for failed ones. "COMPLETE"
+      records at the full budget rank first. Records at fidelities below 1 count like pruned trials in Optuna: they rank
+      behind the complete ones, and larger fidelities rank higher. "PRUNED" records rank last, in the order of their
+      outcomes, since they belong to an unknown fidelity below the requested one.
 
     Raises:
       ValueError: (in `tell`) if a complete trial lacks one of the `objectives` or `constraints`.
@@ -217,15 +218,18 @@ def _tell(budgets: _Budgets, state: OptunaState, records: Sequence[base.Record])
             own = record.seed == _random_search.seed_of(state.key, record.trial)
             _fidelities.rung_of(budgets.fidelities, record, own=own)
     left = _random_search.untried(state.first, records, state.num_asked)
+    misfits = []
     for record in ended:
         rung = _fidelities.rung_of(budgets.fidelities, record)
         if not is_own(record) or (rung is None and record.status != "FAIL" and not budgets.only_full):
-            _add(budgets, state.study, state.space, record)
+            misfits += _add(budgets, state.study, state.space, record)
         elif _ends(budgets, state.study, trials[record.trial], record, rung):
             del trials[record.trial]
         else:
             assert rung is not None
             survivors.append((record.trial, rung + 1))
+    consequence = "Records outside the space are not used, and names that the space does not have are ignored."
+    _misfits.log_misfits(misfits, len(records), consequence)
     return state._replace(trials=trials, survivors=survivors, first=left)
 
 
@@ -287,14 +291,19 @@ def _same(configuration, other) -> bool:
     return configuration.keys() == other.keys() and all(close(configuration[n], other[n]) for n in other)
 
 
-def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
-    """Adds a trial that the searcher did not propose: of another search, or of this one at another fidelity."""
+def _add(budgets: _Budgets, study, space, record: base.Record) -> list[str]:
+    """Adds a trial that the searcher did not propose: of another search, or of this one at another fidelity.
+
+    Returns:
+      The value or name that does not fit the space, as one text, or an empty list. A record that failed is not checked.
+    """
     import optuna
 
     (first, *others), excess = _outcomes(budgets.goals, record)
     whole = record.status == "COMPLETE" and _fidelities.is_full_budget(record.fidelity)
     if record.status == "FAIL" or not math.isfinite(first) or (others and not whole):
-        return
+        return []
+    reason = _misfits.misfit(space, record.configuration)
     distributions = spaces.to_optuna(space)
     searched = {name: value for name, value in record.configuration.items() if name in distributions}
     try:
@@ -307,6 +316,7 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> None:
             intermediate_values=None if whole else {budgets.step(record): first},
             system_attrs={CONSTRAINTS: excess} if excess else None,
         )
-    except ValueError:  # a number out of range, or an unknown label
-        return
+    except ValueError as error:  # a number out of range, or an unknown label
+        return [reason or str(error)]
     study.add_trial(trial)
+    return [reason] if reason else []

@@ -61,14 +61,21 @@ def self_tuning(
     other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But another
     entry of λ may have moved so far in one step that this does not help. An example is a problem on which decay helps
     at every step, such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and
-    further out, and training diverges. A momentum may also exceed 1. `projection_fn` moves λ back into its range, at
-    the start and after each move: λ ← P(λ). It receives all of λ:
+    further out, and training diverges. A momentum may also leave [0, 1), without an error: tune 1 − b1 instead of b1.
 
-        lambda hp: optax.projections.projection_box(hp, low, high)              # bounds of each, in trees like λ
+    To bound entries, tune the unconstrained coordinates z of a space. They may be negative, so the rule is "additive".
+    A tuner such as Adam gives steps that do not depend on the scale of the loss:
+
+        z = spaces.to_unconstrained(space, spaces.default(space))
+        self_tuning(lambda z: chain(spaces.to_constrained(space, z)), z, optax.adam(0.1), rule="additive")
+
+    For a bound that depends on other entries, `projection_fn` moves λ back into its range, at the start and after each
+    move: λ ← P(λ). It receives all of λ:
+
         lambda hp: {**hp, "decay": jnp.clip(hp["decay"], 1e-4, 1 / hp["rate"])}    # rate · decay ≤ 1, of AdamW
 
-    With the second example, a decay removes at most the whole of a parameter in a step. So it cannot move a parameter
-    further from zero than it was. If P(λ) = λ, the projection changes nothing.
+    Here a decay removes at most the whole of a parameter in a step. So it cannot move a parameter further from zero
+    than it was. If P(λ) = λ, the projection changes nothing.
 
     Start with a rate that is too small rather than too large: with a hundredth of your guess. A rate that is too large
     may damage a network, or make it overfit, before λ has become smaller. A rate that is too small rises by five
@@ -137,7 +144,7 @@ def self_tuning(
       gap: γ, at least 0; has an effect only with a validation loss.
       mode: "forward", for few λ, or "reverse", for many, with μ = 0.
       projection_fn: P, `hyperparams -> hyperparams`, positive except for "additive" (a λ of zero never moves again, so
-        a simplex does not work); by default λ is not bounded.
+        a simplex does not work; use a space); by default λ is not bounded.
       valid_loss_fn: the validation loss, `(params, batch) -> []`, if `update` gets only the batch.
 
     Returns:

@@ -70,14 +70,21 @@ def test_failed_trials_do_not_enter_the_population():
     assert searcher.tell(state, []).populations == state.populations
 
 
-def test_trials_of_another_space_have_no_children():
+def test_trials_of_another_space_have_no_children_and_one_warning_counts_them(caplog):
     searcher = blackbox.regularized_evolution(population_size=1, sample_size=1)
     _, state = searcher.ask(searcher.init(jax.random.key(0), SPACE), 1)
     whole = dict.fromkeys(SPACE, 2)
     others = [{"edge0": 1}, whole | {"edge0": 6}, whole | {"edge0": "a"}, whole | {"edge6": 1}, whole | {"edge0": [1]}]
     records_of = lambda configurations: [Record("", c, 0.0, trial=-2) for c in configurations]
-    assert searcher.tell(state, records_of(others)) == state
+    failed = Record("", {"edge0": 9}, status="FAIL")
+    assert searcher.tell(state, [*records_of(others), failed]) == state
+    (warning,) = caplog.messages
+    assert warning == (
+        "5 of 6 records do not fit the space of this searcher. They are not used. The first: The configuration lacks "
+        "`edge1`."
+    )
     (child,), _ = searcher.ask(searcher.tell(state, records_of([whole])), 1)
+    assert len(caplog.messages) == 1
     assert sum(child.configuration[name] != 2 for name in SPACE) == 1
 
 

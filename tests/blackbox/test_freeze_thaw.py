@@ -103,7 +103,7 @@ def test_pending_trials_are_not_repeated_and_failed_ones_are_closed(g):
     assert (open_trial.trial, open_trial.fidelity) == (4, 0.5) and rest == []
 
 
-def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored(g):
+def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored_with_a_warning(g, caplog):
     searcher = blackbox.enqueue(g.searcher(), [{"x": 0.3}, {"x": 0.75}])  # the first one is not a candidate
     state, proposed = searcher.init(jax.random.key(0), SPACE), []
     for _ in range(len(CANDIDATES) * len(FIDELITIES)):
@@ -115,7 +115,11 @@ def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored(g):
     assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
     assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
     others = [base.Record("", {"x": x}, 1.0, f) for x, f in (("far", 1.0), ([0], 1.0), (0.5, 0.3))]
+    caplog.clear()
     assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
+    assert [text.partition(" The first: ")[0] for text in caplog.messages] == [
+        "3 of 4 records do not fit the space of this searcher. They are not used."
+    ]
 
 
 def test_the_outcome_of_a_pruned_trial_is_not_used_and_the_trial_is_closed(g):

@@ -169,7 +169,7 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
     assert {step(trial) for trial in state.study.trials[:41]} <= ({0} if status == "PRUNED" else {1, 2})
 
 
-def test_tpe_ignores_records_outside_its_space():
+def test_tpe_ignores_records_outside_its_space_and_warns_once(caplog):
     searcher = blackbox.tpe()
     state = searcher.init(KEY, {"rate": spaces.interval(1e-4, 0.1, log=True), "kind": spaces.choice(["a", "b"])})
     foreign = [{"rate": 0.5, "kind": "a"}, {"rate": 0.01, "kind": "c"}, {"rate": 0.1 + 1e-9, "old": 3}]
@@ -178,3 +178,19 @@ def test_tpe_ignores_records_outside_its_space():
     assert [trial.params for trial in state.study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))] == [
         {"rate": 0.1}
     ]
+    (warning,) = caplog.records
+    assert warning.getMessage() == (
+        "3 of 3 records do not fit the space of this searcher. Records outside the space are not used, and names that "
+        "the space does not have are ignored. The first: The configuration's `rate` must be between 0.0001 and 0.1; "
+        "got 0.5."
+    )
+    normal = [
+        Record("a", {"rate": 0.05, "kind": "b"}, 0.2, trial=20),
+        Record("a", {"rate": 9.0}, status="FAIL", trial=21),
+    ]
+    state = searcher.tell(state, normal)
+    assert len(caplog.records) == 1
+    searcher.tell(state, [*normal, Record("a", {"rate": 0.05, "old": 3}, 0.2, trial=22)])
+    assert "1 of 3 records" in caplog.messages[1] and caplog.messages[1].endswith(
+        "The first: The space has no `old`; it has `kind`, `rate`."
+    )

@@ -187,7 +187,11 @@ REFUSALS = [
     (lambda: evolution().init(KEY, [spaces.integer(0, 1)]), "dict of `spaces.integer`"),
     (
         lambda: evolution().init(KEY, {"a": spaces.integer(0, 3, shape=(2,))}),
-        "without shape; got another space",
+        r"without shape; got `a`, a `spaces.integer` of shape \(2,\). Write one leaf for each entry",
+    ),
+    (
+        lambda: evolution().init(KEY, {"a": spaces.integer(0, 3), "rate": spaces.real(0.0, scale=1.0)}),
+        "without shape; got `rate`, a `spaces.real`. Use `tpe` for other leaves",
     ),
     (tpe_of_a_simplex, "belongs to a simplex, which cannot be converted"),
     (

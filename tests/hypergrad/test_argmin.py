@@ -67,6 +67,21 @@ def test_works_for_many_tasks_and_trees_of_parameters():
     chex.assert_trees_all_close(slopes, -data / (2 + penalties) ** 2, rtol=1e-6)
 
 
+def test_the_tolerance_of_the_linear_solve_follows_that_of_the_minimum():
+    curvatures, weights = jnp.array([1e-2, 1e6]), jnp.array([0.5, 1e6])
+    loss = lambda params, penalty, data: (curvatures * (params - 1) ** 2 / 2 + penalty * params**2 / 2).sum()
+    newton = lambda fn, params: params - jnp.linalg.solve(jax.hessian(fn)(params), jax.grad(fn)(params))
+
+    def derivative(**options):
+        solve = hypergrad.argmin(loss, minimize=newton, **options)
+        return jax.jit(jax.grad(lambda penalty: weights @ solve(jnp.zeros(2), penalty)))(1e-2)
+
+    # θ = c / (c + penalty), so dθ/dpenalty = −c / (c + penalty)²: −25 and −1e-6.
+    assert derivative() > -5  # a relative residual of 1e-6 may leave out the small entry of the weights
+    for options in ({"tol": 1e-9}, {"solver": hypergrad.dense()}):
+        chex.assert_trees_all_close(derivative(**options), -13.5, rtol=1e-7)
+
+
 def test_a_solver_that_stops_early_is_seen_in_the_gradient_that_it_leaves():
     early = hypergrad.argmin(ridge_loss, num_steps=1)(START, problems.LAM, problems.TASK.train)
     late = hypergrad.argmin(ridge_loss)(START, problems.LAM, problems.TASK.train)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from metaopt import base, hypergrad, inner, transforms
+from metaopt import base, hypergrad, inner, spaces, transforms
 
 START = np.array([1.0, -0.5, 2.0])
 CURVATURE = np.array([1.0, 3.0, 0.2])
@@ -464,3 +464,26 @@ def test_a_transform_instead_of_a_factory():
     with pytest.raises(TypeError) as error:
         transforms.self_tuning(optax.sgd(0.1), 0.1, optax.sgd(0.1)).init(jnp.ones(2))
     assert any("`factory` must be a function of the whole of λ" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_coordinates_of_a_space_descend_by_the_chain_rule_and_keep_the_bounds(mode):
+    space = {"rate": spaces.interval(0.01, 0.09, default=0.05), "decay": spaces.fixed(0.0)}
+
+    def factory(z):
+        hp = spaces.to_constrained(space, z)
+        return optax.chain(optax.add_decayed_weights(hp["decay"]), optax.sgd(hp["rate"]))
+
+    z = spaces.to_unconstrained(space, spaces.default(space))
+    optimizer = transforms.self_tuning(factory, z, optax.sgd(30.0), rule="additive", mode=mode)
+    params, state = jnp.asarray(START), optimizer.init(jnp.asarray(START))
+    coordinate, last = 0.0, np.zeros(3)
+    for _ in range(NUM_STEPS):
+        grad = CURVATURE * np.asarray(params)
+        above = 1 / (1 + np.exp(-coordinate))
+        coordinate += 30.0 * 0.08 * above * (1 - above) * grad @ last  # dF/drate = −g·g_last
+        updates, state = optimizer.update(jnp.asarray(grad), state, params)
+        params, last = params + updates, grad
+        np.testing.assert_allclose(state.hyperparams.coordinates["rate"], coordinate, rtol=1e-6)
+        np.testing.assert_allclose(updates, -(0.01 + 0.08 / (1 + np.exp(-coordinate))) * grad, rtol=1e-6)
+    assert 0.08 < spaces.to_constrained(space, state.hyperparams)["rate"] < 0.09

@@ -1,0 +1,36 @@
+"""Records that a searcher receives, and whose configurations are not of its space."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metaopt import base, spaces
+
+_log = logging.getLogger(__name__)
+
+
+def misfit(space: base.PyTree, configuration: Mapping[str, Any]) -> str:
+    """States a value outside the space or an unknown name of a configuration, or returns "" if it has neither."""
+    try:
+        spaces.from_configuration(space, configuration)
+    except ValueError as error:
+        return str(error).partition(" Use `from_configuration(")[0]  # its advice does not apply to a record
+    return ""
+
+
+def log_misfits(reasons: Sequence[str], num_records: int, consequence: str) -> None:
+    """Logs one warning if a call of `tell` received records that do not fit the space.
+
+    Args:
+      reasons: a text for each of these records.
+      num_records: the number of all records of the call.
+      consequence: what the searcher does with these records, as a sentence.
+    """
+    if reasons:
+        _log.warning(
+            "%d of %d records do not fit the space of this searcher. %s The first: %s",
+            len(reasons),
+            num_records,
+            consequence,
+            reasons[0],
+        )
