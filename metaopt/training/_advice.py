@@ -11,25 +11,26 @@ from metaopt.training._run import Run
 
 _log = logging.getLogger(__name__)
 _NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
+_EXPLODED = 1e6  # limit of ‖dF/dλ‖ / max(1, |F|)
 
 
 def logged(warned: frozenset[str], run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> frozenset[str]:
     """Logs the warnings that are due after a program of `num` steps, each at most once in a run of `fit`.
 
     Args:
-      warned: which warnings of implicit rules were logged before: "rest", "solve".
+      warned: which of these warnings were logged before: "rest", "solve" (of implicit rules), "exploded".
       run: the run after these steps.
       num: the number of steps that the program took.
       num_steps: the number of steps of the whole run.
       hyperparams: the initial λ.
 
     Returns:
-      `warned` with the warnings of implicit rules that have been logged now.
+      `warned` with those of these warnings that have been logged now.
     """
     first = min(_NUM_FIRST, num_steps)
     if run.step - num < first <= run.step:
         _log_unmoved(run, hyperparams)
-    return warned | _logged_implicit(warned, run, num, num_steps)
+    return warned | _logged_implicit(warned, run, num, num_steps) | _logged_exploded(warned, run, num)
 
 
 def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
@@ -70,3 +71,25 @@ def _logged_implicit(warned: frozenset[str], run: Run, num: int, num_steps: int)
     for name in texts.keys() - warned:
         _log.warning("steps %d to %d: %s", max(run.step - 19, 1), run.step, texts[name])
     return frozenset(texts)
+
+
+def _logged_exploded(warned: frozenset[str], run: Run, num: int) -> frozenset[str]:
+    """Logs a warning, once, if the norm of a finite hypergradient exceeds 1e6 and a million times the outer loss.
+
+    An outer optimizer such as Adam divides by the norm, so λ moves as usual, and nothing else shows the explosion.
+
+    Returns:
+      {"exploded"} if the warning has been logged now.
+    """
+    columns = (run.history[name][run.step - num : run.step] for name in ("value", "hypergrad_norm", "skipped"))
+    for i, (value, norm, skipped) in enumerate(zip(*columns, strict=True)):
+        if "exploded" not in warned and not skipped and norm > _EXPLODED * max(1.0, abs(value)):
+            _log.warning(
+                f"step {run.step - num + 1 + i}: the hypergradient has the norm {norm:.3g} at an outer loss of "
+                f"{value:.3g}. Such a hypergradient is usually noise: training amplifies each change of λ. "
+                "`hypergrad.diagnose` reports this growth. Use a smaller learning rate, fewer inner steps, "
+                "`hypergrad.truncated` or `hypergrad.persistent_es`. If only a few steps explode, clip by "
+                "`hypergrad.over_tasks(..., max_norm=1.0)`."
+            )
+            return frozenset({"exploded"})
+    return frozenset()

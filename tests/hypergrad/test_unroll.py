@@ -372,6 +372,28 @@ def test_every_estimate_has_its_own_draws_which_follow_from_the_key():
     chex.assert_trees_all_equal(first, repeated)
 
 
+RULES_OF_FRESH_RUNS = {
+    "unrolled": hypergrad.unrolled,
+    "forward": hypergrad.forward,
+    "implicit": partial(hypergrad.implicit, warm_start=False),
+}
+
+
+@pytest.mark.parametrize("name", RULES_OF_FRESH_RUNS)
+def test_a_plain_run_with_the_stated_key_gives_the_outer_loss(name):
+    """The keys are stated in `docs/rules.md`."""
+    problem = problems.NOISY._replace(outer_batch=lambda key, task: jax.random.normal(key))
+    rule, lam, task = RULES_OF_FRESH_RUNS[name](problem, num_steps=3), jnp.array(0.5), problems.NOISY_TASK
+    estimate, _ = jax.jit(rule.estimate)(lam, task, rule.init(KEY, lam, task))
+    train_key, outer_key = jax.random.split(jax.random.split(KEY)[0])
+    if name == "implicit":
+        train_key, outer_key, *_ = jax.random.split(jax.random.split(KEY)[1], 5)
+    trained = inner.run(problem.loop, 3)(train_key, lam, task.train)
+    batch = problem.outer_batch(outer_key, task)
+    expected = problem.outer_loss(problem.loop.params(trained), lam, batch, problem.loop.context(trained))
+    np.testing.assert_allclose(estimate.value, expected, rtol=1e-12)
+
+
 @pytest.mark.once
 def test_the_outer_batch_is_drawn_from_the_task():
     def half(key, task):

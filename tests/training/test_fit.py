@@ -251,6 +251,39 @@ def test_a_failed_linear_solve_is_reported_after_the_warning_of_rest(caplog):
     assert "steps 181 to 200: The linear solve of an implicit rule failed" in second
 
 
+@pytest.mark.parametrize(("quotient", "is_reported"), [(1.03, False), (2.9, True)])
+def test_a_linear_solve_that_is_worse_than_none_is_reported(caplog, quotient, is_reported):
+    metrics = {"outer_grad_norm": jnp.array(2.0), "adjoint_residual": jnp.array(2.0 * quotient)}
+
+    def estimate(hyperparams, task, state):
+        return base.Estimate(hyperparams, hyperparams, jnp.array(True), metrics), state
+
+    learner = training.learner(base.Estimator(lambda *_: (), estimate, kind="biased"), optax.sgd(0.1))
+    fit(learner, num_steps=3)
+    assert ("wrong sign or size" in caplog.text) == is_reported
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_an_exploded_hypergradient_is_reported_once(caplog, steps_per_call):
+    def num_reports(value, norms):
+        def estimate(hyperparams, task, state):
+            norm = jnp.array(norms)[state]  # the state counts the estimates
+            return base.Estimate(jnp.array(value), norm, jnp.array(False), {}), state + 1
+
+        caplog.clear()
+        rule = base.Estimator(lambda *_: jnp.zeros([], jnp.int32), estimate, kind="exact")
+        options = {"num_steps": len(norms), "steps_per_call": steps_per_call}
+        fit(training.learner(rule, optax.adam(0.1)), **options)
+        return caplog.text.count("is usually noise")
+
+    assert num_reports(1.0, [1.0, 2e6, 1.0, 3e6, 4e16, 1.0]) == 1
+    assert "step 2: the hypergradient has the norm 2e+06 at an outer loss of 1." in caplog.text
+    assert num_reports(1.0, [1.0, 1.0, 1.0, 1.0, 1.0, -1e16]) == 1
+    assert num_reports(1.0, [9e5] * 6) == 0
+    assert num_reports(-100.0, [9e7] * 6) == 0
+    assert num_reports(1.0, [np.inf, 1.0, 1.0]) == 0  # skipped: another warning reports it
+
+
 def test_an_implicit_rule_far_from_a_stationary_point_is_reported_once(caplog):
     norms = {"far": (1.0, 2.0), "at rest": (0.1, 2.0), "another rule": (1.0, None)}
 
