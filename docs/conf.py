@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils import math
 from docutils.utils.math import latex2mathml
+from sphinx.util import logging
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
@@ -17,6 +19,8 @@ import docstrings  # noqa: E402
 import extension  # noqa: E402
 
 import metaopt  # noqa: E402
+
+logger = logging.getLogger(__name__)
 
 project, author, version = "metaopt", "The metaopt authors", metaopt.__version__
 extensions = ["sphinx.ext.autodoc", "myst_nb", "sphinx_design"]
@@ -80,8 +84,14 @@ html_theme_options = {
 
 
 def visit_math(writer, node):
-    """Writes MathML, which browsers display without a script."""
-    writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    """Writes MathML, which browsers display without a script.
+
+    A process that writes a part of the pages may end with an error without a word. A warning ends the build with `-W`.
+    """
+    try:
+        writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+    except math.MathError as error:
+        logger.warning("%s in the formula %r. Write a dollar as code.", error, node.astext(), location=node)
     raise nodes.SkipNode
 
 

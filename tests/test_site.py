@@ -156,6 +156,8 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
     )
     assert process.returncode == 0, process.stderr
     pages = list(tmp_path.rglob("*.html"))
+    sources = [page for page in (ROOT / "docs").rglob("*.md") if not page.parts[len(ROOT.parts) + 1].startswith("_")]
+    assert [s for s in sources if not (tmp_path / s.relative_to(ROOT)).with_suffix(".html").is_file()] == []
     outside = {page.name: outside_sources(page.read_text()) for page in pages}
     assert len(pages) > 60 and {name: addresses for name, addresses in outside.items() if addresses} == {}
     assert (tmp_path / "searchindex.js").stat().st_size > 100_000
