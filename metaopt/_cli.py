@@ -428,17 +428,27 @@ def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
         shifted = encoder.transform({"target": target})[:, 0]
     code = encoder.columns[0]
     values = shifted + code.offset
-    for text, value in zip(target, values, strict=True):
-        is_unusual = code.sign or code.reading == "multiples" or any(mark in str(text) for mark in ",.(")
-        if isinstance(text, str) and is_unusual and value == value:
-            _, hint, remedy = next((n.reason.partition("if this is wrong, ") for n in encoder.notes), ("", "", ""))
-            unsure = f" If this is wrong, {remedy.rstrip(')')}." if hint else ""
-            print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.{unsure}", file=sys.stderr)
-            break
+    _print_a_reading(target, values, encoder)
     num_classes = len(np.unique(shifted))
     if len(np.unique(values)) < num_classes <= _MOST_CLASSES:
         return target.where(~np.isnan(shifted)), encoder
     return type(target)(values, index=target.index, name=target.name), encoder
+
+
+def _print_a_reading(target: Any, values: Sequence[float], encoder: Any) -> None:
+    """Prints how one text of a target is read, if some texts have a separator, a sign, parentheses, k or M."""
+    sign = encoder.columns[0].sign
+    pairs = [(t, v) for t, v in zip(target, values, strict=True) if isinstance(t, str) and v == v]
+    # A text with parentheses, k or M says more than one that only has a separator.
+    is_odd = lambda text: any(mark in text.replace(sign, "") for mark in "(kKM")
+    has_mark = lambda text: sign or "," in text or "." in text
+    shown = next((pair for test in (is_odd, has_mark) for pair in pairs if test(pair[0])), None)
+    if shown is None:
+        return
+    text, value = shown
+    _, hint, remedy = next((n.reason.partition("if this is wrong, ") for n in encoder.notes), ("", "", ""))
+    unsure = f" If this is wrong, {remedy.partition(')')[0]}." if hint else ""
+    print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.{unsure}", file=sys.stderr)
 
 
 @contextlib.contextmanager

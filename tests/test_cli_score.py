@@ -136,8 +136,21 @@ def test_predict_warns_once_of_columns_that_are_empty_in_all_rows(tmp_path, caps
 
 def test_a_target_in_accounting_or_with_k_is_printed_with_one_value(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=60)
-    for texts in ([f"({-v:.2f})" if v < 0 else f"{v:.2f}" for v in x], [f"{v:.2f}k" for v in 5 + abs(x)]):
+    accounting = [f"({-v:.2f})" if v < 0 else f"{v:.2f}" for v in x]
+    remedy = " If this is wrong, write the numbers without parentheses, k and M."
+    for texts in (accounting, [f"{v:.2f}k" for v in 5 + abs(x)], ["950", "1.2k"] * 30, ["5 €", "1.2k €"] * 30):
         pd.DataFrame({"x": x, "y": texts}).to_csv(tmp_path / "rows.csv", index=False)
         assert _run("fit", tmp_path / "rows.csv", "--target", "y", "--out", tmp_path / "m.npz", *FAST) == 0
         text = capsys.readouterr()
-        assert "regression of 'y'" in text.out and f"'{texts[0]}' is read as " in text.err
+        kind = "regression" if len(set(texts)) > 2 else "classification"
+        odd = next(t for t in texts if "(" in t or "k" in t)
+        assert f"{kind} of 'y'" in text.out
+        assert f"The target 'y' is text; '{odd}' is read as " in text.err
+        assert (remedy in text.err) == (texts == accounting) and text.err.count("is read as") == 1
+
+
+def test_the_remedy_of_a_target_ends_before_the_words_that_are_missing(capsys):
+    with _cli._without_notes():
+        _cli._numbers(pd.Series([f"{k}.5" for k in range(60)] + ["(7)", "unknown"], name="y", dtype=object))
+    remedy = "If this is wrong, write the numbers without parentheses, k and M."
+    assert capsys.readouterr().err == f"The target 'y' is text; '(7)' is read as -7. {remedy}\n"

@@ -55,6 +55,10 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
     least half of the groups differ in their traits. Parts of dates count as neither. Tables with more than 100 columns
     are not searched.
 
+    Tables with more than 10,000 rows are compared in a random sample of their groups. There, the pairs are random rows
+    of a group. In smaller tables, they are neighbors in the table. So a trait that changes slowly within a group is
+    only found in smaller tables.
+
     Args:
       x: [n, d], the result of `TableEncoder.transform`.
       encoder: the encoder.
@@ -91,14 +95,15 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     if not is_name:
         return 0
     rows = rows[np.argsort(names, kind="stable")]
+    starts = (np.cumsum(sizes) - sizes)[:_MOST_ROWS]
+    first = x[rows[starts]]  # one row of each group, also of those that are not drawn
     x = x[rows[_of_some_groups(sizes)]]
-    first = np.unique(x[:, j], return_index=True)[1]
     is_pair = np.diff(x[:, j]) == 0
     traits = [k for k in range(len(kinds)) if k != j and (np.diff(x[:, k]) == 0)[is_pair].mean() >= 0.98]
     # A column that rises or falls with the name, such as its square, is computed from it.
-    steps = np.diff(x[first], axis=0)
+    steps = np.diff(first, axis=0)
     traits = [k for k in traits if steps[:, k].min() < 0 < steps[:, k].max()]
-    num_different = len(np.unique(x[first][:, traits], axis=0)) if traits else 0
+    num_different = len(np.unique(first[:, traits], axis=0)) if traits else 0
     has_number = any(kinds[k] == "number" for k in traits)
     return len(traits) if len(traits) > 1 and has_number and num_different >= len(first) / 2 else 0
 

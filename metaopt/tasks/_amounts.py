@@ -12,6 +12,7 @@ from metaopt.tasks._columns import number_with_separators
 _AMOUNTS = ("thousands", "decimal_comma", "multiples")
 _PERCENTAGES = ("number", "decimal_comma", "thousands")
 UNSURE = "if this is wrong, remove separators of thousands, and write a point as the decimal mark"
+UNUSUAL = "if this is wrong, write the numbers without parentheses, k and M"
 _COMMA_GROUPS = ("$", "US$", "A$", "C$", "£", "¥", "₹")  # their amounts have commas between thousands
 # Codes that are words or names, such as TRY, ALL, TOP and PHP, are left out: "PHP 8" is a version.
 _CODES = frozenset("AUD BRL CAD CHF CNY CZK DKK EUR GBP HKD HUF INR JPY KRW MXN NOK NZD PLN SEK SGD USD ZAR".split())
@@ -137,6 +138,26 @@ def look_like_labels(texts: Collection[str], reading: str) -> bool:
     """
     has_decimals = any(text[-1:] in MULTIPLES and "." in text for text in texts)
     return (reading == "multiples" and not has_decimals) or all(text.startswith("(") for text in texts)
+
+
+def describe_unusual(texts: Collection[str], read: Callable[[str], int | float | None]) -> str:
+    """Describes how numbers without a sign are read if some of them have parentheses, k or M, for a note.
+
+    Args:
+      texts: the numbers.
+      read: the function that reads them.
+
+    Returns:
+      An example in parentheses, or "" if there is none. It contains `UNUSUAL` if the reading is doubtful: "(12)" may be
+      an estimate, and "1.8M" next to "1.75" may be meters.
+    """
+    unusual = [text for text in texts if text[-1:] in (")", *MULTIPLES)]
+    if not unusual:
+        return ""
+    has_parentheses = any(text.endswith(")") for text in unusual)
+    is_unsure = has_parentheses or any("." in text for text in set(texts) - set(unusual))
+    unsure = f"; {UNUSUAL}" if is_unsure else ""
+    return f" ({unusual[0]!r} is read as {read(unusual[0])}{unsure})"
 
 
 def describe(texts: list[str], sign: str, read: Callable[[str], int | float | None]) -> str:

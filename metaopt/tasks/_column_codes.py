@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaopt.tasks._amounts import (
-    MULTIPLES,
     UNSURE,
+    UNUSUAL,
     common_sign,
     describe,
+    describe_unusual,
     likely_readings,
     look_like_labels,
     number_with_multiple,
@@ -98,7 +99,7 @@ class ColumnCode(NamedTuple):
       levels: the levels of a category, in the order of the codes.
       parts: the parts of a time, some of `PARTS`.
       sign: the sign or code of a currency or "%" that each text has next to its number; "" if there is none.
-      share_missing: the share of the rows of `fit_encoder` whose value is missing.
+      share_missing: the share of the rows of `fit_encoder` whose value is missing; 1 if it is not known.
     """
 
     name: str
@@ -109,7 +110,7 @@ class ColumnCode(NamedTuple):
     levels: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     sign: str = ""
-    share_missing: float = 0.0
+    share_missing: float = 1.0
 
 
 class Fit(NamedTuple):
@@ -437,8 +438,8 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
         description = describe(numbers, sign, read)
     elif look_like_labels(numbers, best):
         return "", "", ()
-    elif unusual := [text for text in numbers if text[-1:] in (")", *MULTIPLES)]:
-        description += f" ({unusual[0]!r} is read as {read(unusual[0])})"
+    else:
+        description += describe_unusual(numbers, read)
     if not words:
         is_ambiguous = best == "mdy" and _may_have_the_day_first(counts)
         unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong"
@@ -487,7 +488,7 @@ def _is_missing(raw: RawColumn) -> np.ndarray:
 
 def _warnings(changes: tuple[str, ...]) -> tuple[str, ...]:
     """The changes that lose values, or that may misread dates or amounts."""
-    marks = ("count as missing", _MERGED, AMBIGUOUS, UNSURE)
+    marks = ("count as missing", _MERGED, AMBIGUOUS, UNSURE, UNUSUAL)
     return tuple(change for change in changes if any(mark in change for mark in marks))
 
 

@@ -184,7 +184,8 @@ def fit_encoder(
       a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
     - In numbers, parentheses are a minus, as in accounting: (1,200.50). If no value is a word, 1.2k and 3M become
       numbers, too. But a column stays text if all its values are like (2), or if it has 5k or 3M and none like 1.2k,
-      because such values may be labels.
+      because such values may be labels. The log warns of parentheses without a sign of a currency or percent, and of k
+      and M next to numbers with decimals.
     - Amounts become numbers if all have the same sign before or after the number: $1,200, -€ 5, 1.234,50 €, EUR 5, $5k,
       12 %. The sign is one character of a currency, "US$", "A$", "C$", the code of a frequent currency in capitals with
       a blank next to it, or "%". 12 % becomes 12. All amounts of a column show which mark is the decimal one. If 1,234

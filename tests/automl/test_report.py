@@ -45,6 +45,16 @@ def test_groups_are_found_in_a_sample_of_a_long_table(num, size):
     assert suspected(frame.assign(age=rng.permutation(frame["age"]), sex=rng.permutation(frame["sex"]))) == ()
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_half_of_all_groups_of_a_long_table_must_differ(seed):
+    """40 groups have at most 24 different traits, and only 10 of them are drawn."""
+    rng, group = np.random.default_rng(seed), np.repeat(np.arange(40), 1500)
+    traits = {"a": rng.integers(0, 4, 40)[group], "b": rng.integers(0, 6, 40)[group]}
+    frame = pd.DataFrame({"g": 1000 + 7 * group, **traits, "x": rng.normal(size=len(group))})
+    assert len(frame[["a", "b"]].drop_duplicates()) < 20
+    assert suspected(frame) == ()
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

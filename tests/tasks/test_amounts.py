@@ -8,7 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import tasks
-from metaopt.tasks._amounts import UNSURE
+from metaopt.tasks._amounts import UNSURE, UNUSUAL
 
 
 def fitted(texts):
@@ -149,10 +149,26 @@ def test_dates_stay_dates():
     assert fitted([*dates, "1.2k"] * 2)[0].categorical.all()
 
 
-@pytest.mark.parametrize("texts", [["(1,200)", "35"], ["1.2k", "3M"]])
-def test_the_note_has_an_amount_without_a_sign(texts):
-    encoder, x = fitted(texts)
-    assert encoder.notes[0].reason.endswith(f"({texts[0]!r} is read as {x[0]:.0f})")
+@pytest.mark.parametrize(
+    ("texts", "example", "warns"),
+    [
+        (["(1,200)", "35"], f"('(1,200)' is read as -1200; {UNUSUAL})", True),
+        (["35.5", "(12)"], f"('(12)' is read as -12; {UNUSUAL})", True),  # estimates
+        (["1999", "2000", "2001", "(2002)"], f"('(2002)' is read as -2002; {UNUSUAL})", True),
+        (["(1.2k)", "1.5k"], f"('(1.2k)' is read as -1200; {UNUSUAL})", True),
+        (["1.8M", "1.75", "1.62", "1.80"], f"('1.8M' is read as 1800000; {UNUSUAL})", True),  # meters
+        (["1.2k", "3M"], "('1.2k' is read as 1200)", False),
+        (["950", "1.2k", "3M", "1,065"], "('1.2k' is read as 1200)", False),
+        (["($5)", "$3"], "('($5)' is read as -5)", False),  # an amount
+        (["(1.5 %)", "3 %"], "('(1.5 %)' is read as -1.5)", False),
+    ],
+)
+def test_doubtful_parentheses_and_multiples_are_warned_of(texts, example, warns, caplog):
+    with caplog.at_level(logging.INFO):
+        encoder, _ = fitted(texts * 5)
+    assert encoder.notes[0].reason.endswith(example)
+    (record,) = caplog.records
+    assert example in record.getMessage() and (record.levelname == "WARNING") == warns
 
 
 def test_new_rows_may_have_parentheses_and_the_unicode_minus_first():
