@@ -283,9 +283,10 @@ def far_from_rest(metrics: Mapping[str, Any]) -> list[str]:
 def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
     """Finds implicit rules whose linear solve left a residual that is larger than that of no solve.
 
-    The solve A v = b starts with the residual ‖b‖ at v = 0. If A is positive definite, conjugate gradients that stop
-    early may exceed ‖b‖ by a few percent and still improve v. In a network with BatchNorm, a residual of 2.9 ‖b‖ gave a
-    wrong sign. So the limit is 1.1 ‖b‖.
+    The solve A v = b starts with the residual ‖b‖ at v = 0. A larger residual has two possible reasons. If A is not
+    positive definite, v may be useless: in a network with BatchNorm, a residual of 2.9 ‖b‖ gave a wrong sign. If A is
+    positive definite but badly conditioned, conjugate gradients that stop early may leave several times ‖b‖ with a
+    good v. The residual does not tell which. So the limit is 1.1 ‖b‖, and the sentence names both reasons.
 
     Args:
       metrics: as for `far_from_rest`. The function compares "adjoint_residual" with "outer_grad_norm", which is ‖b‖.
@@ -299,11 +300,12 @@ def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
         residual, norm = float(metrics[name]), float(metrics.get(f"{prefix}outer_grad_norm", math.nan))
         if prefix != name and residual > 1.1 * norm:
             sentences.append(
-                f"The linear solve of an implicit rule failed, so its hypergradient may have a wrong sign or size: "
-                f"`{name}` is {residual:.3g}, and without a solve it is {norm:.3g}. The matrix may not be positive "
-                "definite, as that of a network with BatchNorm, or with few inner steps. Then pass `gauss_newton=` or "
-                "a larger `damping`, or use `hypergrad.unrolled`. If the solver has a step size (`adjoint_rate`), "
-                "lower it. If it only needs more steps, increase its `num_steps`."
+                f"The linear solve of an implicit rule left a larger residual than no solve: `{name}` is "
+                f"{residual:.3g}, and without a solve it is {norm:.3g}. So the hypergradient may have a wrong sign or "
+                "size. First increase the solver's `num_steps` about tenfold: if the residual then falls, the solve "
+                "only stopped too early. If it does not, the matrix may not be positive definite, as that of a network "
+                "with BatchNorm, or with few inner steps. Then pass `gauss_newton=` or a larger `damping`, or use "
+                "`hypergrad.unrolled`. If the solver has a step size (`adjoint_rate`), lower it."
             )
     return sentences
 

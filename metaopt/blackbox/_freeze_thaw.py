@@ -117,7 +117,8 @@ def train_curve_searcher(
       key: random key; `jax.random.key(0)` by default.
 
     Returns:
-      A `CurveSearcher`.
+      A `CurveSearcher`. Its searcher's `tell` ignores records whose configurations are not candidates, such as those of
+      other searches or of `enqueue`. One warning for each call counts them, except those that failed.
 
     Raises:
       ValueError: if the "COMPLETE" records have fewer than three tasks, or none is at the full budget.

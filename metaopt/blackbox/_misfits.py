@@ -1,4 +1,4 @@
-"""Records that a searcher receives, and whose configurations are not of its space."""
+"""Records that a searcher receives and cannot use as they are, such as those of another space."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ def misfit(space: base.PyTree, configuration: Mapping[str, Any]) -> str:
 
 
 def log_misfits(reasons: Sequence[str], num_records: int, consequence: str) -> None:
-    """Logs one warning if a call of `tell` received records that do not fit the space.
+    """Logs one warning if a call of `tell` received records that do not fit the searcher.
 
     Args:
       reasons: a text for each of these records.
@@ -28,7 +28,7 @@ def log_misfits(reasons: Sequence[str], num_records: int, consequence: str) -> N
     """
     if reasons:
         _log.warning(
-            "%d of %d records do not fit the space of this searcher. %s The first: %s",
+            "%d of %d records do not fit this searcher. %s The first: %s",
             len(reasons),
             num_records,
             consequence,

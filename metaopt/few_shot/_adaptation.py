@@ -109,7 +109,8 @@ def adaptation(
       outer: the weights w_1..w_T, as for `hypergrad.unrolled`, or a schedule of them, `step -> [T]` of the outer step.
       proximal: μ ≥ 0 adds μ |θ − λ["init"]|²/2, over the leaves that adapt, to ℓ.
       rule: `(problem, num_steps=T) -> Estimator` instead of `hypergrad.unrolled`, such as `hypergrad.implicit` (iMAML)
-        or `hypergrad.reptile`. Do not combine it with `order`, `outer` and `remat`, which are options of unrolling.
+        or `hypergrad.reptile`. Do not combine it with `order`, `outer` and `remat`, which are options of unrolling. It
+        is called twice, and again at each call of `estimator_at`.
       remat: as for `hypergrad.unrolled`.
       sampler: the rows of the support set that a step sees; all rows by default.
       keep_support: f and predictions find the support set's "x" and "mask" in `params["support"]` (`params` must then
@@ -166,7 +167,7 @@ def adaptation(
         rule_kind="exact",
         log_constant=_checks.constant_state_logged_once(),
     )
-    if rule is not None:  # no kind is known before the rule has a problem
+    if rule is not None:  # no kind is known before the rule has a problem, so the first call only asks for the kind
         kind = rule(_problem.make_problem(spec, constants_once=False), num_steps=num_steps).kind
         spec = spec._replace(rule_kind=kind)
     problem = _problem.make_problem(spec, constants_once=False)

@@ -59,12 +59,12 @@ def scales(sigma: base.PyTree, hyperparams: base.HyperParams) -> base.HyperParam
 
 
 def _check_precision(x: jax.Array, sigma: jax.Array | float) -> None:
-    """Raises ValueError if λ has 16 bits, in which perturbations of this size are lost."""
+    """Raises ValueError if λ has 16 bits, in which a λ near 1 loses perturbations of this size."""
     precision = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize == 2 else 0.0
     if not isinstance(sigma, Tracer) and np.any(np.asarray(sigma, float) < precision):
         raise ValueError(
             f"`sigma` must be at least {precision:.2g} for a λ of dtype {x.dtype}, which rounds smaller perturbations "
-            f"away; got {sigma}. Use a larger `sigma`, or float32 for λ."
+            f"of a λ near 1 away; got {sigma}. Use float32 for λ, or a larger `sigma`."
         )
 
 
@@ -206,7 +206,8 @@ def evolution(
 
     Raises:
       ValueError: if `num_steps` is too small, `num_pairs` or `sigma` is not positive, or `outer` does not have T
-        weights; at trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
+        weights; at trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits
+        (0.0078 for bfloat16).
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
       https://arxiv.org/abs/1810.10180.
@@ -262,7 +263,8 @@ def persistent_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
+        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        bfloat16).
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
     """
@@ -298,7 +300,8 @@ def es_single(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
+        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        bfloat16).
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
     """
@@ -336,7 +339,8 @@ def truncated_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or too small for a λ of 16 bits.
+        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        bfloat16).
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.
     """

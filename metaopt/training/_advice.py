@@ -11,7 +11,7 @@ from metaopt.training._run import Run
 
 _log = logging.getLogger(__name__)
 _NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
-_EXPLODED = 1e6  # limit of ‖dF/dλ‖ / max(1, |F|)
+_EXPLODED = 1e6  # limit of ‖dF/dλ‖ / max(1, |F|), for λ of size about 1
 
 
 def logged(warned: frozenset[str], run: Run, num: int, num_steps: int, hyperparams: base.HyperParams) -> frozenset[str]:
@@ -56,7 +56,7 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
 
 
 def _logged_implicit(warned: frozenset[str], run: Run, num: int, num_steps: int) -> frozenset[str]:
-    """Logs a warning if an implicit rule runs far from rest, and one if its solve fails, each at most once.
+    """Logs a warning if an implicit rule runs far from rest, and one if its solve is useless, each at most once.
 
     It checks every 100 steps, and at the end.
 
@@ -76,7 +76,8 @@ def _logged_implicit(warned: frozenset[str], run: Run, num: int, num_steps: int)
 def _logged_exploded(warned: frozenset[str], run: Run, num: int) -> frozenset[str]:
     """Logs a warning, once, if the norm of a finite hypergradient exceeds 1e6 and a million times the outer loss.
 
-    An outer optimizer such as Adam divides by the norm, so λ moves as usual, and nothing else shows the explosion.
+    An outer optimizer such as Adam divides by the norm, so λ moves as usual, and nothing else shows the explosion. The
+    limit is for λ of size about 1: the hypergradient of a much smaller λ may exceed it and be exact.
 
     Returns:
       {"exploded"} if the warning has been logged now.
@@ -86,10 +87,11 @@ def _logged_exploded(warned: frozenset[str], run: Run, num: int) -> frozenset[st
         if "exploded" not in warned and not skipped and norm > _EXPLODED * max(1.0, abs(value)):
             _log.warning(
                 f"step {run.step - num + 1 + i}: the hypergradient has the norm {norm:.3g} at an outer loss of "
-                f"{value:.3g}. Such a hypergradient is usually noise: training amplifies each change of λ. "
-                "`hypergrad.diagnose` reports this growth. Use a smaller learning rate, fewer inner steps, "
+                f"{value:.3g}. Usually training amplifies each change of λ, and such a hypergradient is noise: "
+                "`hypergrad.diagnose` reports this growth. Then use a smaller learning rate, fewer inner steps, "
                 "`hypergrad.truncated` or `hypergrad.persistent_es`. If only a few steps explode, clip by "
-                "`hypergrad.over_tasks(..., max_norm=1.0)`."
+                "`hypergrad.over_tasks(..., max_norm=1.0)`. If λ itself is tiny, such as a rate of 1e-8, the norm only "
+                "shows its unit: tune its logarithm."
             )
             return frozenset({"exploded"})
     return frozenset()

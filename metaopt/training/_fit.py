@@ -97,6 +97,9 @@ def fit(
     The step is compiled once for each shape of tasks (for all calls of `fit` with one learner), and its state is
     donated: memory holds one state, besides the tasks drawn last. The metrics are read at every step, in one transfer.
 
+    `fit` logs a warning, at most once, if the norm of a hypergradient exceeds both 1e6 and 1e6 |F| (exploded, or λ is
+    tiny). It logs another one if the linear solve of an implicit rule leaves a larger residual than no solve.
+
     Args:
       learner: see `learner`.
       sample_tasks: `(key) -> tasks`, on the host. It returns an array or a tree of arrays, of numpy or JAX, in the form

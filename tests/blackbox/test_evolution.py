@@ -80,8 +80,7 @@ def test_trials_of_another_space_have_no_children_and_one_warning_counts_them(ca
     assert searcher.tell(state, [*records_of(others), failed]) == state
     (warning,) = caplog.messages
     assert warning == (
-        "5 of 6 records do not fit the space of this searcher. They are not used. The first: The configuration lacks "
-        "`edge1`."
+        "5 of 6 records do not fit this searcher. They are not used. The first: The configuration lacks `edge1`."
     )
     (child,), _ = searcher.ask(searcher.tell(state, records_of([whole])), 1)
     assert len(caplog.messages) == 1

@@ -114,11 +114,15 @@ def test_enqueued_and_foreign_trials_that_are_no_candidates_are_ignored_with_a_w
     # The second is at its full budget by then.
     assert tried[:2] == [(0.3, 1.0), (0.75, 1.0)]
     assert set(tried[2:]) == {(c["x"], f) for c in CANDIDATES if c["x"] != 0.75 for f in FIDELITIES}
+    assert caplog.messages == [
+        "1 of 1 records do not fit this searcher. They are not used. The first: {'x': 0.3} is not one of the "
+        "candidates, which are the configurations of the earlier tasks."
+    ]
     others = [base.Record("", {"x": x}, 1.0, f) for x, f in (("far", 1.0), ([0], 1.0), (0.5, 0.3))]
     caplog.clear()
     assert searcher.tell(state, [*others, base.Record("", {"y": 0.5}, 1.0)]).searcher == state.searcher
     assert [text.partition(" The first: ")[0] for text in caplog.messages] == [
-        "3 of 4 records do not fit the space of this searcher. They are not used."
+        "3 of 4 records do not fit this searcher. They are not used."
     ]
 
 

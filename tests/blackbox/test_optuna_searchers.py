@@ -180,7 +180,7 @@ def test_tpe_ignores_records_outside_its_space_and_warns_once(caplog):
     ]
     (warning,) = caplog.records
     assert warning.getMessage() == (
-        "3 of 3 records do not fit the space of this searcher. Records outside the space are not used, and names that "
+        "3 of 3 records do not fit this searcher. Records outside the space are not used, and names that "
         "the space does not have are ignored. The first: The configuration's `rate` must be between 0.0001 and 0.1; "
         "got 0.5."
     )

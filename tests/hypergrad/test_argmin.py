@@ -77,7 +77,6 @@ def test_the_tolerance_of_the_linear_solve_follows_that_of_the_minimum():
         return jax.jit(jax.grad(lambda penalty: weights @ solve(jnp.zeros(2), penalty)))(1e-2)
 
     # θ = c / (c + penalty), so dθ/dpenalty = −c / (c + penalty)²: −25 and −1e-6.
-    assert derivative() > -5  # a relative residual of 1e-6 may leave out the small entry of the weights
     for options in ({"tol": 1e-9}, {"solver": hypergrad.dense()}):
         chex.assert_trees_all_close(derivative(**options), -13.5, rtol=1e-7)
 

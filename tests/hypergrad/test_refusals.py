@@ -23,7 +23,7 @@ evolution = partial(hypergrad.evolution, RIDGE, num_steps=4, **WINDOWS)
 persistent_es = partial(hypergrad.persistent_es, RIDGE, num_steps=4, truncation_length=2, **WINDOWS)
 
 
-def estimate_of_16_bits(dtype, sigma):
+def estimate_in(dtype, sigma):
     estimator = hypergrad.evolution(RIDGE, num_steps=1, sigma=sigma, num_pairs=2)
     jax.eval_shape(estimator.estimate, {"log_penalty": jnp.zeros([], dtype)}, TASK, KEY)
 
@@ -114,8 +114,8 @@ REFUSALS = [
     # Numbers of 16 bits, and integers.
     *(
         (
-            lambda dtype=dtype, sigma=sigma: estimate_of_16_bits(dtype, sigma),
-            rf"`sigma` must be at least .* for a λ of dtype {dtype}.*float32 for λ",
+            lambda dtype=dtype, sigma=sigma: estimate_in(dtype, sigma),
+            rf"`sigma` must be at least .* for a λ of dtype {dtype}.* of a λ near 1 away; got .*Use float32 for λ",
         )
         for dtype, sigma in (("float16", 1e-4), ("bfloat16", 1e-3), ("float16", {"log_penalty": 1e-4}))
     ),
@@ -241,6 +241,11 @@ REFUSALS = [
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("dtype", "sigma"), [("float16", 1e-3), ("bfloat16", 0.01), ("float32", 1e-9)])
+def test_a_sigma_above_the_precision_of_lambda_is_no_error(dtype, sigma):
+    estimate_in(dtype, sigma)
 
 
 @pytest.mark.parametrize("other", [hypergrad.unrolled, few_shot.maml(RIDGE.loop.loss)], ids=["rule", "method"])

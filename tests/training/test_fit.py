@@ -237,7 +237,7 @@ def test_compiles_once_for_each_shape_of_tasks():
     assert sorted(traces) == [(3,), (4,)]
 
 
-def test_a_failed_linear_solve_is_reported_after_the_warning_of_rest(caplog):
+def test_a_useless_linear_solve_is_reported_after_the_warning_of_rest(caplog):
     def estimate(hyperparams, task, state):
         residual = jnp.where(state < 150, 0.0, 9.0)  # the solve fails from step 150 on
         metrics = {"inner_grad_norm": jnp.ones([]), "outer_grad_norm": jnp.ones([]), "adjoint_residual": residual}
@@ -248,10 +248,10 @@ def test_a_failed_linear_solve_is_reported_after_the_warning_of_rest(caplog):
     training.fit(learner, lambda key: 1.0, hyperparams=3.0, num_steps=400, key=jax.random.key(0))
     first, second = (record.getMessage() for record in caplog.records)
     assert "steps 81 to 100: An implicit rule runs far" in first and "solve" not in first
-    assert "steps 181 to 200: The linear solve of an implicit rule failed" in second
+    assert "steps 181 to 200: The linear solve of an implicit rule left a larger residual than no solve" in second
 
 
-@pytest.mark.parametrize(("quotient", "is_reported"), [(1.03, False), (2.9, True)])
+@pytest.mark.parametrize(("quotient", "is_reported"), [(1.09, False), (1.11, True)])
 def test_a_linear_solve_that_is_worse_than_none_is_reported(caplog, quotient, is_reported):
     metrics = {"outer_grad_norm": jnp.array(2.0), "adjoint_residual": jnp.array(2.0 * quotient)}
 
@@ -260,7 +260,7 @@ def test_a_linear_solve_that_is_worse_than_none_is_reported(caplog, quotient, is
 
     learner = training.learner(base.Estimator(lambda *_: (), estimate, kind="biased"), optax.sgd(0.1))
     fit(learner, num_steps=3)
-    assert ("wrong sign or size" in caplog.text) == is_reported
+    assert ("wrong sign or size. First increase the solver's `num_steps`" in caplog.text) == is_reported
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
@@ -274,10 +274,10 @@ def test_an_exploded_hypergradient_is_reported_once(caplog, steps_per_call):
         rule = base.Estimator(lambda *_: jnp.zeros([], jnp.int32), estimate, kind="exact")
         options = {"num_steps": len(norms), "steps_per_call": steps_per_call}
         fit(training.learner(rule, optax.adam(0.1)), **options)
-        return caplog.text.count("is usually noise")
+        return caplog.text.count("tune its logarithm")
 
     assert num_reports(1.0, [1.0, 2e6, 1.0, 3e6, 4e16, 1.0]) == 1
-    assert "step 2: the hypergradient has the norm 2e+06 at an outer loss of 1." in caplog.text
+    assert "step 2: the hypergradient has the norm 2e+06 at an outer loss of 1. Usually training" in caplog.text
     assert num_reports(1.0, [1.0, 1.0, 1.0, 1.0, 1.0, -1e16]) == 1
     assert num_reports(1.0, [9e5] * 6) == 0
     assert num_reports(-100.0, [9e7] * 6) == 0
