@@ -55,7 +55,8 @@ def fine_tune(
     both cases, at S times the cost. The smallest of K + 1 values is an optimistic estimate of the outer loss. Evaluate
     the result on other data.
 
-    Called without `jit` and `vmap`, it logs a warning if an implicit rule runs far from rest, or its linear solve is worse than none.
+    Called without `jit` and `vmap`, it logs a warning if an implicit rule runs far from rest, or if its linear solve is
+    worse than none.
 
     `propose` draws several λ instead of taking steps. This function tunes λ; `few_shot.pretrained` fine-tunes a
     pre-trained model θ to a few-shot task.
