@@ -206,7 +206,7 @@ def evolution(
 
     Raises:
       ValueError: if `num_steps` is too small, `num_pairs` or `sigma` is not positive, or `outer` does not have T
-        weights; at trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits
+        weights; at trace time, if `sigma` is a tree that is not like λ, or is below the precision of a λ of 16 bits
         (0.0078 for bfloat16).
 
     Source: Salimans et al., 2017, https://arxiv.org/abs/1703.03864; for inner training, Metz et al., ICML 2019,
@@ -263,7 +263,7 @@ def persistent_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        trace time, if `sigma` is a tree that is not like λ, or is below the precision of a λ of 16 bits (0.0078 for
         bfloat16).
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835
@@ -300,7 +300,7 @@ def es_single(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        trace time, if `sigma` is a tree that is not like λ, or is below the precision of a λ of 16 bits (0.0078 for
         bfloat16).
 
     Source: Vicol, Kolter & Swersky, ICML 2023, https://arxiv.org/abs/2304.11153
@@ -339,7 +339,7 @@ def truncated_es(
 
     Raises:
       ValueError: if `truncation_length` does not divide `num_steps`, or `num_pairs` or `sigma` is not positive; at
-        trace time, if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for
+        trace time, if `sigma` is a tree that is not like λ, or is below the precision of a λ of 16 bits (0.0078 for
         bfloat16).
 
     Source: Vicol, Metz & Sohl-Dickstein, ICML 2021, https://arxiv.org/abs/2112.13835, Sec. 3.

@@ -78,7 +78,7 @@ def mix_with_es(estimator: base.Estimator, *, sigma: float | base.PyTree, num_pa
 
     Raises:
       ValueError: if `estimator` is of another kind, `num_pairs` is below 3, or `sigma` is not positive; at trace time,
-        if `sigma` is a tree that is not like λ, or below the precision of a λ of 16 bits (0.0078 for bfloat16).
+        if `sigma` is a tree that is not like λ, or is below the precision of a λ of 16 bits (0.0078 for bfloat16).
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180; Parmas et al., ICML 2018,
       https://arxiv.org/abs/1902.01240. The weights that leave one pair out are specific to this library.
