@@ -129,8 +129,8 @@ def adaptation(
       ValueError: if `rates` or `order` is unknown, or `num_steps` is negative.
       ValueError: at trace time, if `adapt` or `leaves_per_step` finds no leaf, or both find the same leaf.
       ValueError: at trace time, if a leaf with a value per step has a leading axis other than T.
-      ValueError: at trace time, if `init` makes leaves that do not adapt and the `rule` is of kind "biased" or
-        "pseudo", or leaves that adapt and there is a `proximal`.
+      ValueError: at trace time, if `init` makes leaves that do not adapt and there is a `rule` that is not of kind
+        "unbiased", or leaves that adapt and there is a `proximal`.
       ValueError: at trace time, if λ is not a dict with "init" (and "rate" if it is learned), or if the "mask" of a
         task has an axis of tasks.
 
@@ -164,7 +164,7 @@ def adaptation(
         sampler=sampler,
         keep_support=keep_support,
         with_context=with_context,
-        rule_kind="exact",
+        rule_kind=None,
         log_constant=_checks.constant_state_logged_once(),
     )
     if rule is not None:  # no kind is known before the rule has a problem, so the first call only asks for the kind

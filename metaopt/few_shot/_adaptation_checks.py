@@ -94,10 +94,11 @@ def check_leaves(spec: Any, params: Any, made: Any, meta_leaves: Mapping[Any, An
             f'`proximal` is the distance from λ["init"], which lacks the leaves {new} that `init` returned: let them '
             f"not adapt (`adapt`), or leave out `proximal`. {hint}."
         )
-    # Exact rules differentiate `init`, and unbiased ones perturb λ before it. Other rules start after it.
-    if spec.rule_kind in ("biased", "pseudo") and jax.tree.leaves(made):
+    # Unbiased rules perturb λ before `init`. Others may start after it: `lookahead(commit=0)` is of kind "exact", and
+    # holds its state constant.
+    if spec.rule_kind not in (None, "unbiased") and jax.tree.leaves(made):
         raise ValueError(
             f"`init` made the leaves {[*map(_leaves.name, _leaves.by_path(made))]}, which do not adapt, and the "
-            f"`rule` (of kind {spec.rule_kind!r}) sees no derivative through them: let them adapt (`adapt`), leave out "
-            f"the `rule`, or use one that perturbs λ, such as `hypergrad.evolution`. {hint}."
+            f"`rule` (of kind {spec.rule_kind!r}) may see no derivative through them: let them adapt (`adapt`), leave "
+            f"out the `rule`, or use one that perturbs λ, such as `hypergrad.evolution`. {hint}."
         )

@@ -20,7 +20,7 @@ from metaopt.few_shot._phase import traced_after_steps
 class Spec(NamedTuple):
     """The arguments of `adaptation` that define its problem, with losses in their full form.
 
-    `rule_kind` is the kind of the hypergradient, which is "exact" without a `rule`. `log_constant` warns of a model
+    `rule_kind` is the kind of the hypergradient of the `rule`, or None without one. `log_constant` warns of a model
     state that the loss does not return.
     """
 
@@ -38,7 +38,7 @@ class Spec(NamedTuple):
     sampler: inner.Sampler | None
     keep_support: bool
     with_context: bool
-    rule_kind: str
+    rule_kind: str | None
     log_constant: Callable
 
 

@@ -233,8 +233,8 @@ REFUSALS = [
         r"made the leaves \['gain'\], which do not adapt, and the `rule` \(of kind 'biased'\)",
     ),
     (
-        lambda: adapt_under_other_keys(rule=hypergrad.reptile),
-        r"made the leaves \['body'\], .*sees no derivative.* return them in the containers",
+        lambda: adapt_under_other_keys(rule=functools.partial(hypergrad.lookahead, commit=0)),
+        r"made the leaves \['body'\], .*of kind 'exact'\) may see no derivative.* return them in the containers",
     ),
     (
         lambda: estimate_of_classes(few_shot.proto_maml(features, proximal=0.1)),
