@@ -15,9 +15,10 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 from test_experiments import run
 
-from experiments.automl import clusters, groups, peers, tables
+from experiments.automl import clusters, groups, peers, portfolio, tables
 from metaopt import automl, spaces
-from metaopt.automl._portfolio import portfolio
+from metaopt.automl import _ensemble
+from metaopt.automl._portfolio import portfolio as members_of
 from metaopt.tasks import Table
 
 pytestmark = pytest.mark.once  # an experiment
@@ -70,7 +71,7 @@ def test_an_ablation_lacks_one_part(is_class, monkeypatch):
 
     def auto(split, seed, args, models):
         is_default = tables._network_folds.predicted_hyperparams is not predicted
-        members = portfolio("classification" if is_class else "regression", "balanced", models, 100)
+        members = members_of("classification" if is_class else "regression", "balanced", models, 100)
         hyperparams = tables._network_folds.predicted_hyperparams() if is_default else None
         seen[name] = (hyperparams, {member.kind for member in members})
 
@@ -291,3 +292,66 @@ def test_groups_smoke():
     assert set(rows) == {"film ratings", "states", "all"} and rows["states"][1] == "state"
     assert all(0 < float(row[2].split(" ± ")[0]) < 2 for row in rows.values())
     assert re.search(r"\| states \| 0 \| 0\.\d+ \[0\.\d+, \d\.\d+\]", printed)
+
+
+# ---- `portfolio.py` -------------------------------------------------------------------------------------------------
+
+
+def made_problem(good, num_tables=6):
+    """Tables of different families. All members guess, but the members `good[table]` of a table know the class."""
+    splits, records = [], []
+    names = ["network", *portfolio.SLOTS, "lightgbm random 0", "xgboost random 0"]
+    for k in range(num_tables):
+        y = np.arange(60) % 2
+        split = tables.Split(table_of(y, name=f"family {k}"), True, np.arange(40), np.arange(40, 60))
+        knows = lambda name, rows, y=y, k=k: np.where(
+            y[rows, None] == [0, 1], *((0.9, 0.1) if name in good[k] else (0.5, 0.5))
+        )
+        parts = [np.stack([knows(name, rows) for name in names]) for rows in (split.train, split.test)]
+        target = _ensemble.Target(y[:40], np.ones(40))
+        records.append(portfolio.Record(names, parts[0], target, parts[1], np.ones(len(names))))
+        splits.append(split)
+    return portfolio.Problem(splits, records)
+
+
+def test_a_better_member_takes_the_slot_of_its_kind():
+    losses = portfolio.Losses(made_problem([["xgboost random 0"]] * 6))
+    chosen = portfolio.choose(losses, range(6))
+    assert chosen == {slot: slot for slot in portfolio.SLOTS} | {"xgboost": "xgboost random 0"}
+    change = losses.change(range(6), list(chosen.values()))
+    np.testing.assert_allclose(change, losses.change([0], list(chosen.values()))[0])
+    assert change[0] < -1  # from log(1/2) to the calibrated probability of the class
+
+
+def test_a_family_does_not_choose_the_settings_on_which_it_is_judged():
+    everywhere, only_here = ["lightgbm random 0"], ["xgboost random 0"]
+    losses = portfolio.Losses(made_problem([everywhere] * 5 + [only_here]))
+    changes = portfolio.cross_validated(losses, 0)
+    assert (changes[:5] < -1).all() and changes[5] == 0  # nobody else would choose the member that helps here
+    assert portfolio.choose(losses, range(6))["xgboost"] == "xgboost random 0"
+
+
+@needs_data
+def test_no_table_of_the_portfolio_is_for_judging_or_development():
+    lists = json.loads(portfolio.FAMILIES.read_text())
+    used = {name for part in lists.values() for names in part.values() for name in names}
+    for is_class in (True, False):
+        splits = portfolio.splits_of(is_class)
+        assert len(splits) > 20 and not used & {split.table.family for split in splits}
+        assert max(len(split.table.y) for split in splits) <= portfolio.MOST_ROWS
+        assert all(np.isfinite(split.table.y).all() for split in splits)
+
+
+def test_random_settings_depend_on_the_seed_only():
+    few = portfolio.candidates("regression", 200, dict.fromkeys(portfolio.NUM_DRAWS, 2))
+    many = portfolio.candidates("regression", 5000, dict.fromkeys(portfolio.NUM_DRAWS, 2))
+    assert [member.name for member in few] == [member.name for member in many]
+    drawn = {m.name: m.settings for m in many if " random " in m.name}
+    leaf = "min_data_in_leaf"  # bounded by the rows
+    for member in few:
+        if member.name in drawn:
+            assert {k: v for k, v in member.settings.items() if k != leaf} == {
+                k: v for k, v in drawn[member.name].items() if k != leaf
+            }
+            assert member.settings.get(leaf, 0) <= 8
+    assert drawn["lightgbm random 0"] != drawn["lightgbm random 1"]

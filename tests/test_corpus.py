@@ -23,6 +23,7 @@ from experiments.data.corpus.targets import (
     Column,
     Target,
     choose_many_classes,
+    choose_numbers,
     choose_targets,
     columns_of,
     determines,
@@ -175,6 +176,25 @@ def test_targets_are_classes_first_and_numbers_are_cut():
     halves = labels_of(numbers, "median", rng)
     np.testing.assert_array_equal(halves, numbers.values > np.median(numbers.values))
     assert np.bincount(labels_of(numbers, "tercile", rng).astype(int)).tolist() == [134, 133, 133]
+
+
+def test_numbers_are_cut_into_the_intervals_of_auto_regressor():
+    rng = np.random.default_rng(3)
+    frame = _frame("table", rows=400, few=np.arange(400) % 7, often=np.maximum(0, np.arange(400) - 200))
+    frame.data["noisy"] = frame.data["table_0"] + 0.3 * rng.normal(size=400)
+    columns = columns_of(frame, rng)
+    targets = choose_numbers(columns, rng)
+    assert len(targets) == 3 and {target.kind for target in targets} == {"intervals"}
+    assert not {"few", "often"} & {target.name for target in targets}
+    table = make_task(frame, "family", columns, Target("table_0", "intervals"), rng)
+    num = len(table.y)
+    assert table.num_classes == min(10, num // 20) and np.ptp(np.bincount(table.y)) <= 1
+    noisy = table.x[:, list(columns).index("noisy") - 1]
+    means = [noisy[table.y == k].mean() for k in range(table.num_classes)]
+    assert means == sorted(means) and means[-1] - means[0] > 2  # intervals are in the order of the numbers
+    natural = tasks.Table("own", "own", np.zeros((2, 1)), np.zeros(2, int), np.zeros(1, bool))
+    corpus = build([frame], [natural], Excluded(), numbers=True)
+    assert len(corpus.tables) == 3 and {table.name.split("/")[-1] for table in corpus.tables} == {"intervals"}
 
 
 def test_names_of_rows_and_mostly_missing_columns_are_not_used():

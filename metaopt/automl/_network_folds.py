@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import optax
 
-from metaopt import base, hypergrad, spaces, training
+from metaopt import base, hypergrad, spaces, tasks, training
 from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
-from metaopt.automl._shipped import predict_hyperparams
+from metaopt.automl._shipped import GROUPS, predicted
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program
@@ -49,7 +49,9 @@ def predicted_hyperparams(
     bounded = np.clip(x, -1e15, 1e15)  # larger numbers would overflow in squares
     if not x.shape[1]:  # meta-features need a column
         bounded, categorical = np.zeros((len(x), 1)), np.zeros(1, bool)
-    return jax.device_get(predict_hyperparams((bounded[rows], codes[rows].astype(np.int32), categorical), seed=seed))
+    table = bounded[rows], codes[rows].astype(np.int32), categorical
+    features = tasks.metafeatures(table, groups=GROUPS, seed=seed)
+    return jax.device_get(predicted("classification" if num_classes else "regression", features))
 
 
 def draw(hyperparams: base.HyperParams, number: int, seed: int) -> base.HyperParams:

@@ -1,4 +1,4 @@
-"""The trained g that comes with the package."""
+"""The trained predictors g that come with the package, one for each kind of problem."""
 
 import functools
 from importlib import resources
@@ -10,22 +10,33 @@ import jax.numpy as jnp
 from metaopt import _saving, base, tasks
 from metaopt.predictors import TrainedPredictor
 
+FILES = {"classification": "tabular_predictor.npz", "regression": "regression_predictor.npz"}
 GROUPS = ("simple", "statistical", "information_theoretic", "landmarking", "log_loss")  # of the meta-features
 
 
 @functools.cache
-def shipped_predictor() -> TrainedPredictor:
+def shipped_predictor(problem: str = "classification") -> TrainedPredictor:
     """Returns the trained g of `tabular_network`.
 
-    It is the mean of three predictors, trained with different seeds. `predict_hyperparams` uses it. Use it directly to
-    fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it further. Its
-    `trained_on` lists the tasks that it learned from, with hashes of their rows. Their sources, and the
+    It is the mean of three predictors, trained with different seeds. `predict_hyperparams` and `AutoClassifier` use it.
+    Use it directly to fine-tune λ (`training.fine_tune`), to draw around it (`training.propose`), or to train it
+    further. Its `trained_on` lists the tasks that it learned from, with hashes of their rows. Their sources, and the
     licences of most R packages, are in `experiments/results/transfer_corpus.csv`.
+
+    Args:
+      problem: "classification", or "regression" for the g of `AutoRegressor`. The network of `AutoRegressor` predicts
+        the probabilities of up to ten intervals of the target, and so this g has learned from such tasks. They are in
+        `experiments/results/transfer_corpus_regression.csv`.
 
     Returns:
       The predictor with its weights, the scaling of its meta-features, and the space of λ.
+
+    Raises:
+      ValueError: if `problem` is neither of the two.
     """
-    file = resources.files("metaopt.automl") / "tabular_predictor.npz"
+    if problem not in FILES:
+        raise ValueError(f"`problem` must be one of {', '.join(FILES)}; got {problem!r}.")
+    file = resources.files("metaopt.automl") / FILES[problem]
     # The first call may be inside a traced function: its tracers must not stay in the cache.
     with resources.as_file(file) as path, jax.ensure_compile_time_eval():
         return _saving.load(path)
@@ -73,11 +84,14 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
       >>> sorted(hyperparams) == sorted(automl.tabular_network().space)
       True
     """
-    trained = shipped_predictor()
-    features = trained.scaled_features(tasks.metafeatures(table, target, groups=GROUPS, seed=seed))
-    return _predict(jnp.asarray(features))
+    return predicted("classification", tasks.metafeatures(table, target, groups=GROUPS, seed=seed))
 
 
-@jax.jit
-def _predict(features: jax.Array) -> base.HyperParams:
-    return shipped_predictor().predict(base.Task(None, None, features))
+def predicted(problem: str, metafeatures: dict[str, float]) -> base.HyperParams:
+    """λ = g(t') from the meta-features of a table t'."""
+    return _predict(jnp.asarray(shipped_predictor(problem).scaled_features(metafeatures)), problem)
+
+
+@functools.partial(jax.jit, static_argnames="problem")
+def _predict(features: jax.Array, problem: str) -> base.HyperParams:
+    return shipped_predictor(problem).predict(base.Task(None, None, features))

@@ -1,6 +1,5 @@
 """Regularized evolution, a baseline for architecture search, over a space of integers."""
 
-import numbers
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -150,16 +149,10 @@ def _misfit(space, configuration) -> str:
     """Returns "" if `configuration`, and therefore each child of it, is in the space; otherwise the reason."""
     if reason := _misfits.misfit(space, configuration):
         return reason
-    # `misfit` does not check fixed values. A record's value may differ from that of the leaf by the rounding of
-    # float32, and a fixed value may be NaN. So `==` does not work.
     for name, leaf in space.items():
         if name not in configuration:
             return f"The configuration lacks `{name}`."
-        if isinstance(leaf, spaces.Fixed) and not _is_equal(configuration[name], leaf.value):
-            return f"The configuration's `{name}` must be {leaf.value.item()!r}; got {configuration[name]!r}."
+        if isinstance(leaf, spaces.Fixed):
+            if reason := _misfits.wrong_fixed(name, configuration[name], leaf.value.item()):
+                return reason
     return ""
-
-
-def _is_equal(value: Any, expected: np.ndarray) -> bool:
-    is_number = isinstance(value, numbers.Number)  # not a string or None
-    return is_number and bool(np.isclose(value, expected, rtol=1e-6, atol=0.0, equal_nan=True))

@@ -1,8 +1,11 @@
 """Records that a searcher receives and cannot use as they are, such as those of another space."""
 
 import logging
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from metaopt import base, spaces
 
@@ -10,12 +13,27 @@ _log = logging.getLogger(__name__)
 
 
 def misfit(space: base.PyTree, configuration: Mapping[str, Any]) -> str:
-    """States a value outside the space or an unknown name of a configuration, or returns "" if it has neither."""
+    """States a value outside the space or an unknown name of a configuration, or returns "" if it has neither.
+
+    It does not check the values of fixed leaves.
+    """
     try:
         spaces.from_configuration(space, configuration)
     except ValueError as error:
         return str(error).partition(" Use `from_configuration(")[0]  # its advice does not apply to a record
     return ""
+
+
+def wrong_fixed(name: str, value: Any, expected: Any) -> str:
+    """States that a configuration has another value than a fixed leaf, or returns "" if it has the same.
+
+    A record's number may differ from that of the leaf by the rounding of float32, and a fixed value may be NaN. So `==`
+    does not work.
+    """
+    is_number = isinstance(value, numbers.Number)  # not a string or None
+    if is_number and np.isclose(value, expected, rtol=1e-6, atol=0.0, equal_nan=True):
+        return ""
+    return f"The configuration's `{name}` must be {expected!r}; got {value!r}."
 
 
 def log_misfits(reasons: Sequence[str], num_records: int, consequence: str) -> None:

@@ -308,6 +308,9 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> list[str]:
     searched = {name: value for name, value in record.configuration.items() if name in distributions}
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, searched))
+        for name in record.configuration.keys() & within.keys() - distributions.keys():
+            if wrong := _misfits.wrong_fixed(name, record.configuration[name], within[name]):
+                return [wrong]
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,
             params={name: within.get(name, value) for name, value in searched.items()},

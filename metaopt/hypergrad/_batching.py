@@ -83,7 +83,10 @@ def over_seeds(estimator: base.Estimator, num_seeds: int) -> base.Estimator:
       An `Estimator` for one task. Its state has a leading axis of S. It is `done` if all seeds are done, or if one is
       not finite. Metrics: the means of the inner estimator's metrics, and "num_finite_seeds".
 
+    Raises:
+      ValueError: if `num_seeds` is not an integer of at least 1.
     """
+    _checks.check_integer("num_seeds", num_seeds, 1)
 
     def init(key, hyperparams, task):
         return jax.vmap(estimator.init, in_axes=(0, None, None))(jax.random.split(key, num_seeds), hyperparams, task)

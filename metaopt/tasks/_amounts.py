@@ -154,10 +154,11 @@ def describe_unusual(texts: Collection[str], read: Callable[[str], int | float |
     unusual = [text for text in texts if text[-1:] in (")", *MULTIPLES)]
     if not unusual:
         return ""
-    has_parentheses = any(text.endswith(")") for text in unusual)
-    is_unsure = has_parentheses or any("." in text for text in set(texts) - set(unusual))
+    in_parentheses = [text for text in unusual if text.endswith(")")]
+    example = (in_parentheses or unusual)[0]
+    is_unsure = in_parentheses or any("." in text for text in set(texts) - set(unusual))
     unsure = f"; {UNUSUAL}" if is_unsure else ""
-    return f" ({unusual[0]!r} is read as {read(unusual[0])}{unsure})"
+    return f" ({example!r} is read as {read(example)}{unsure})"
 
 
 def describe(texts: list[str], sign: str, read: Callable[[str], int | float | None]) -> str:

@@ -112,7 +112,7 @@ def fine_tune(
             start = learner.init(init_key, hyperparams, task)
             state, (visited, values, excluded, metrics) = jax.lax.scan(step, start, length=num_steps)
         _tuned_space.check(tune, space)
-        _warn_of_rest(metrics)
+        _warn_of_implicit(metrics)
         last = state.hyperparams
         last = jax.tree.map(lambda x: x[None], last)
         outcome_of = lambda estimate: (*_proposals.value_and_excluded(estimate), jnp.all(estimate.done))
@@ -130,7 +130,7 @@ def fine_tune(
     return tune
 
 
-def _warn_of_rest(metrics: dict[str, jax.Array]) -> None:
+def _warn_of_implicit(metrics: dict[str, jax.Array]) -> None:
     """Logs a warning if an implicit rule ran far from rest or its solve failed, on average over the steps.
 
     Never for traced metrics.

@@ -161,8 +161,8 @@ def fit(
       ValueError: if `learner` is not a `Learner`, or `sample_tasks` not a function.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `keep_best` or `keep_nonfinite` and no
         `checkpoint_dir`.
-      ValueError: if `eval_every` is not a whole number of at least 1, or `keep_best` or `keep_nonfinite` is not an
-        integer of at least 0.
+      ValueError: if `eval_every`, `checkpoint_every` or `steps_per_call` is not an integer of at least 1, or
+        `num_steps`, `keep_best` or `keep_nonfinite` not an integer of at least 0.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -185,7 +185,11 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_options(evaluate, eval_every, patience, checkpoint_dir, keep_best, keep_nonfinite)
+    _check_options(evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
+    _checks.check_integer("num_steps", num_steps, 0)
+    periods = {"eval_every": eval_every, "checkpoint_every": checkpoint_every, "steps_per_call": steps_per_call}
+    for name, num in periods.items():  # with 2.5, steps or evaluations would be lost
+        _checks.check_integer(name, num, 1)
     hyperparams = _initial(_to_coordinates(space, hyperparams))
     evaluate = _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
@@ -250,7 +254,6 @@ def _listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[Callback
 
 def _check_options(
     evaluate: EvaluateFn | None,
-    eval_every: int,
     patience: int | None,
     folder: Any,
     keep_best: int,
@@ -259,8 +262,6 @@ def _check_options(
     if evaluate is None and (patience is not None or keep_best):
         name = "keep_best" if patience is None else "patience"
         raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")
-    if eval_every < 1 or eval_every % 1:  # with 2.5, no evaluation would follow the first one
-        raise ValueError(f"`eval_every` must be a whole number of at least 1; got {eval_every}.")
     _checks.check_integer("keep_best", keep_best, 0)
     _checks.check_integer("keep_nonfinite", keep_nonfinite, 0)
     if (keep_best or keep_nonfinite) and folder is None:

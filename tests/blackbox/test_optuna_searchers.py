@@ -169,6 +169,16 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
     assert {step(trial) for trial in state.study.trials[:41]} <= ({0} if status == "PRUNED" else {1, 2})
 
 
+def test_tpe_ignores_records_with_another_fixed_value(caplog):
+    searcher = blackbox.tpe()
+    state = searcher.init(KEY, {"x": spaces.interval(0.0, 1.0), "three": spaces.fixed(3), "tiny": spaces.fixed(0.1)})
+    given = [{"x": 0.5, "three": 4}, {"x": 0.6, "three": 3, "tiny": 0.1 + 1e-9}, {"x": 0.7}]
+    state = searcher.tell(state, [Record("a", c, 0.1, trial=7 + i) for i, c in enumerate(given)])
+    assert [trial.params["x"] for trial in state.study.trials] == [0.6, 0.7]
+    (warning,) = caplog.records
+    assert "1 of 3 records do not fit" in warning.getMessage() and "`three` must be 3; got 4" in warning.getMessage()
+
+
 def test_tpe_ignores_records_outside_its_space_and_warns_once(caplog):
     searcher = blackbox.tpe()
     state = searcher.init(KEY, {"rate": spaces.interval(1e-4, 0.1, log=True), "kind": spaces.choice(["a", "b"])})

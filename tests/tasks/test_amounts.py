@@ -155,6 +155,7 @@ def test_dates_stay_dates():
         (["(1,200)", "35"], f"('(1,200)' is read as -1200; {UNUSUAL})", True),
         (["35.5", "(12)"], f"('(12)' is read as -12; {UNUSUAL})", True),  # estimates
         (["1999", "2000", "2001", "(2002)"], f"('(2002)' is read as -2002; {UNUSUAL})", True),
+        (["1.2k", "(12)", "3M"], f"('(12)' is read as -12; {UNUSUAL})", True),  # the doubtful one, not the first
         (["(1.2k)", "1.5k"], f"('(1.2k)' is read as -1200; {UNUSUAL})", True),
         (["1.8M", "1.75", "1.62", "1.80"], f"('1.8M' is read as 1800000; {UNUSUAL})", True),  # meters
         (["1.2k", "3M"], "('1.2k' is read as 1200)", False),

@@ -13,7 +13,13 @@ import numpy as np
 from experiments.data.corpus.families import Excluded, excluded_families, join_frames, table_keys
 from experiments.data.corpus.frames import Frame
 from experiments.data.corpus.rules import rule_tables
-from experiments.data.corpus.targets import choose_many_classes, choose_targets, columns_of, make_task
+from experiments.data.corpus.targets import (
+    choose_many_classes,
+    choose_numbers,
+    choose_targets,
+    columns_of,
+    make_task,
+)
 from metaopt import tasks
 from metaopt.training import report_progress
 
@@ -41,6 +47,7 @@ def build(
     per_family: int = MAX_PER_FAMILY,
     many_per_family: int = 0,
     num_rules: int = 0,
+    numbers: bool = False,
 ) -> Corpus:
     """Builds the corpus.
 
@@ -53,6 +60,8 @@ def build(
       per_family: the most tasks of a family with rotated targets. A smaller number gives some of the same tasks.
       many_per_family: the most tasks of a family with 13 to 32 classes.
       num_rules: the number of simulated tables with rules.
+      numbers: whether targets are numeric columns, cut into intervals as `automl.AutoRegressor` does. `natural` only
+        joins families then.
     """
     families, own_families = join_frames(frames, natural)
     dropped = excluded_families(
@@ -68,7 +77,7 @@ def build(
     kept = [
         table._replace(family=family)
         for table, family in zip(natural, own_families, strict=True)
-        if family not in dropped and table.family not in tasks.SYNTHETIC_FAMILIES
+        if not numbers and family not in dropped and table.family not in tasks.SYNTHETIC_FAMILIES
     ]
     rotated, many = [], []
     with report_progress(len(frames), None, "targets", unit="table") as report:
@@ -76,7 +85,8 @@ def build(
             rng = _rng(seed, frame.package, frame.item)
             columns = {} if family in dropped else columns_of(frame, rng)
             if len(columns) >= 3:
-                for tables, targets in ((rotated, choose_targets(columns, rng)), (many, choose_many_classes(columns))):
+                chosen = choose_numbers(columns, rng) if numbers else choose_targets(columns, rng)
+                for tables, targets in ((rotated, chosen), (many, choose_many_classes(columns))):
                     made = (make_task(frame, family, columns, target, rng) for target in targets)
                     tables.extend(table for table in made if table is not None)
             report(i + 1)

@@ -8,12 +8,14 @@ from experiments.data.corpus.families import plain
 from experiments.data.corpus.frames import Frame
 from experiments.data.corpus.licences import source_of
 from metaopt import tasks
+from metaopt.automl._inputs import intervals
 
 _ROW_NAMES = frozenset("rownames unnamed0 id index subject subjectid caseid obs case".split())
 MAX_COLUMNS, MAX_LEVELS, MAX_CLASSES = 100, 60, 10
 MIN_TASK_ROWS, MAX_TASK_ROWS = 70, 2500
 MANY_CLASSES = 13, 32  # the least and the most classes of a task with many classes
 MIN_CLASS_ROWS = 8
+MIN_NUMBERS = 20  # different values of a column that is cut into intervals
 
 
 class Column(NamedTuple):
@@ -24,8 +26,8 @@ class Column(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A column as a target. `kind` is "classes", "frequent classes", "many classes", "median", "tercile" or
-    "tail"."""
+    """A column as a target. `kind` is "classes", "frequent classes", "many classes", "median", "tercile", "tail" or
+    "intervals"."""
 
     name: str
     kind: str
@@ -85,6 +87,16 @@ def choose_many_classes(columns: dict[str, Column]) -> list[Target]:
     return chosen
 
 
+def choose_numbers(columns: dict[str, Column], rng: np.random.Generator) -> list[Target]:
+    """Returns up to three numeric columns, to be cut into intervals as `automl.AutoRegressor` cuts its target."""
+    chosen = []
+    for name, (values, categorical) in columns.items():
+        distinct, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+        if not categorical and len(distinct) >= MIN_NUMBERS and counts.max() < 0.3 * counts.sum():
+            chosen.append(Target(name, "intervals"))
+    return [chosen[i] for i in rng.permutation(len(chosen))[:3]]
+
+
 def labels_of(column: Column, kind: str, rng: np.random.Generator) -> np.ndarray:
     """Returns [n] classes as numbers, and NaN for rows that the task does not use."""
     values = column.values.copy()
@@ -95,6 +107,8 @@ def labels_of(column: Column, kind: str, rng: np.random.Generator) -> np.ndarray
         enough = len(distinct) if kind == "frequent classes" else (counts >= MIN_CLASS_ROWS).sum()
         kept = distinct[np.argsort(-counts, kind="stable")[: min(num, enough)]]
         values[~np.isin(values, kept)] = np.nan
+    elif kind == "intervals":
+        values[present] = intervals(values[present])
     elif kind != "classes":
         shares = {"median": [0.5], "tercile": [1 / 3, 2 / 3], "tail": [rng.choice([0.1, 0.2, 0.8, 0.9])]}[kind]
         cuts = np.quantile(values[present], shares)
@@ -148,6 +162,8 @@ def make_task(
     if len(names) < 2 or len(np.unique(labels[rows])) < 2:
         return None
     y = np.unique(labels[rows], return_inverse=True)[1]
+    if target.kind == "intervals":  # their number depends on that of the rows
+        y = intervals(columns[target.name].values[used][rows])
     return tasks.Table(
         f"{frame.package}/{frame.item}/{target.name}/{target.kind}",
         family,

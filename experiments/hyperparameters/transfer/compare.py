@@ -15,6 +15,7 @@ from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import pool
 from experiments.hyperparameters.transfer.config import Config
 from experiments.hyperparameters.transfer.families import is_development
+from experiments.hyperparameters.transfer.learning import outer_loss_of
 from experiments.hyperparameters.transfer.report import family_means, interval
 from metaopt import automl, base, spaces
 
@@ -22,12 +23,13 @@ NUM_KEYS = 2  # runs for each task
 
 
 def compare(config: Config, pools: list[pool.Pool], folders: Sequence[Path]) -> None:
-    """Prints the validation loss on all development tasks, averaged over families, with 95 % intervals.
+    """Prints the outer loss on all development tasks, averaged over families, with 95 % intervals.
 
     For each folder, it compares one λ for all (the mean over seeds), the g of every seed, and the mean of these g.
     Differences are to the mean of g of the first folder. All methods have the same keys.
     """
     network = make_network(config.run)
+    outer_loss = outer_loss_of(config, network)
     default = spaces.to_unconstrained(network.space, spaces.default(network.space))
     unravel = jax.flatten_util.ravel_pytree(default)[1]
 
@@ -37,7 +39,7 @@ def compare(config: Config, pools: list[pool.Pool], folders: Sequence[Path]) -> 
             key, z, task = args
             hyperparams = spaces.to_constrained(network.space, unravel(z))
             params = automl.train(network, key, hyperparams, task)
-            return network.problem.outer_loss(params, hyperparams, task.valid, None)
+            return outer_loss(params, hyperparams, task.valid)
 
         return jax.lax.map(one, (keys, coordinates, batch), batch_size=4)
 

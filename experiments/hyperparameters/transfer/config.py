@@ -45,6 +45,8 @@ class Config:
     train_rows: int = 1200
     valid_rows: int = 800
     max_frames: int | None = None
+    numbers: bool = False  # targets are intervals of numeric columns
+    outer_loss: str = "log_loss"  # or "rank_error": the RMSE of the mean interval
     num_rules: int = 0  # simulated tables
     per_family: int = 4  # tasks with rotated targets
     many_per_family: int = 0  # tasks with many classes
@@ -75,6 +77,7 @@ class Config:
 
 DEFAULT = Config()
 EXTENDED = Config(num_rules=80, many_per_family=2, widths=(*DEFAULT.widths, Width(24, 32)))
+REGRESSION = Config(numbers=True, widths=(Width(10, 12), Width(24, 12), Width(64, 12)))
 SMOKE = Config(
     run=PRESETS["smoke"],
     widths=(Width(64, 12),),

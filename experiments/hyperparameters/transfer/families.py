@@ -4,12 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.data import from_data_folder
+from experiments.data import from_data_folder, regression_tables
 from experiments.data.corpus import Excluded, reserved
 from experiments.data.corpus.families import exclude, is_in_share, table_keys
 from metaopt import tasks
 
 FILE = Path(__file__).with_name("families.json")
+AUTOML_FILE = Path(__file__).parents[2] / "automl" / "families.json"
 DEVELOPMENT_SHARE = 0.15
 # R tables that hold the rows of a judged table, although no other rule recognizes them. `biopsy` is `breast-w`. Each of
 # its columns has ten values, too few to identify the table.
@@ -25,6 +26,19 @@ def judged_tables(own: Sequence[tasks.Table] | None = None) -> list[tasks.Table]
 def excluded_tables(own: Sequence[tasks.Table] | None = None) -> Excluded:
     """Returns the tables that the corpus must not hold: those for judging, and those of `reserved.json`."""
     excluded = exclude(judged_tables(own), reserved())
+    return excluded._replace(stems=excluded.stems | OTHER_NAMES)
+
+
+def excluded_of_regression() -> Excluded:
+    """Returns the tables that the corpus of regression must not hold.
+
+    These are all tables of regression of the data folder, those for judging here and of AutoML, and those of
+    `reserved.json`.
+    """
+    families = set(json.loads(AUTOML_FILE.read_text())["judging"]["classification"])
+    own = from_data_folder()
+    judged = [*judged_tables(own), *(table for table in own if table.family in families), *regression_tables()]
+    excluded = exclude(judged, reserved())
     return excluded._replace(stems=excluded.stems | OTHER_NAMES)
 
 

@@ -14,15 +14,34 @@ import metaopt
 from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import pool
 from experiments.hyperparameters.transfer.config import FEATURES, Config
-from metaopt import base, hypergrad, predictors, spaces, training
+from metaopt import automl, base, hypergrad, inner, predictors, spaces, training
 
 
 def make_estimator(config: Config) -> base.Estimator:
     """Returns the exact hypergradient of one task through the whole training, clipped."""
     network = make_network(config.run)
-    constrained = spaces.constrain(network.problem, network.space)
+    problem = inner.problem(network.problem.loop, outer_loss_of(config, network))
+    constrained = spaces.constrain(problem, network.space)
     estimator = hypergrad.unrolled(constrained, num_steps=config.run.num_steps, remat="step")
     return clip_norm(estimator, config.max_norm)
+
+
+def outer_loss_of(config: Config, network: automl.TabularNetwork):
+    """Returns the outer loss f(θ, λ, rows) that `config` names.
+
+    "log_loss" is that of the network. "rank_error", for intervals of a number, is the RMSE of the mean interval, in
+    deviations of intervals that are equally frequent.
+    """
+    if config.outer_loss == "log_loss":
+        return lambda params, hyperparams, batch: network.problem.outer_loss(params, hyperparams, batch, None)
+
+    def rank_error(params, hyperparams, batch):
+        p = jnp.exp(network.log_probabilities(params, hyperparams, batch))
+        error = p @ jnp.arange(p.shape[1], dtype=p.dtype) - batch["y"]
+        variance = (batch["class_mask"].sum() ** 2 - 1) / 12
+        return jnp.sqrt(jnp.sum(error**2 * batch["mask"]) / batch["mask"].sum() / variance)
+
+    return rank_error
 
 
 def clip_norm(estimator: base.Estimator, max_norm: float) -> base.Estimator:

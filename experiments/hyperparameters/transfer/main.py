@@ -14,7 +14,7 @@ from experiments import script
 from experiments.hyperparameters import transfer
 from experiments.hyperparameters.transfer.choose import choose_spread
 from experiments.hyperparameters.transfer.compare import compare
-from experiments.hyperparameters.transfer.config import DEFAULT, EXTENDED, SMOKE
+from experiments.hyperparameters.transfer.config import DEFAULT, EXTENDED, REGRESSION, SMOKE
 from experiments.hyperparameters.transfer.families import judged_tables
 from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
@@ -25,6 +25,7 @@ from experiments.hyperparameters.transfer.second_stage import compare_second_sta
 from experiments.hyperparameters.transfer.ten_runs import NUM_SPLITS, compare_ten_runs
 from experiments.hyperparameters.transfer.variants import VARIANTS, compare_variants
 from metaopt import predictors
+from metaopt.automl._shipped import FILES
 
 
 def main(argv=None) -> None:
@@ -51,6 +52,8 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
+    parser.add_argument("--regression", action="store_true", help="prepare, learn, ship: a g for regression")
+    parser.add_argument("--outer-loss", choices=("log_loss", "rank_error"), default="log_loss", help="of learning")
     parser.add_argument("--per-family", type=int, help="prepare: the most tasks of a family with rotated targets")
     parser.add_argument("--splits", type=int, default=NUM_SPLITS, help="rates, second-stage: splits of the rows")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS, help="variants: those to train")
@@ -60,6 +63,9 @@ def main(argv=None) -> None:
     parser.add_argument("--other", type=Path, nargs="*", default=[], help="compare: folders of other predictors")
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
+    if args.regression:
+        config = REGRESSION
+    config = dataclasses.replace(config, outer_loss=args.outer_loss)
     if args.per_family:
         config = dataclasses.replace(config, per_family=args.per_family)
     args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
@@ -85,17 +91,18 @@ def main(argv=None) -> None:
         if args.seed:
             publish(judged, args)
     if args.step == "ship":
-        ship(args.out, args.seed)
+        ship("regression" if config.numbers else "classification", args.out, args.seed)
 
 
-def ship(folder: Path, seeds: list[int]) -> None:
+def ship(problem: str, folder: Path, seeds: list[int]) -> None:
     """Puts the mean of the trained predictors into the package, and the list of its tasks next to the results."""
     trained = [metaopt.load(folder / f"g_{seed}.npz") for seed in seeds]
     meta_params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(t.meta_params for t in trained))
     g = predictors.ensemble(trained[0].predictor, len(seeds))
-    file = Path(metaopt.__file__).parent / "automl" / "tabular_predictor.npz"
+    file = Path(metaopt.__file__).parent / "automl" / FILES[problem]
     with open(folder / "corpus.csv") as corpus:
         trained_on = {row["name"]: row["row_hash"] for row in csv.DictReader(corpus)}
     metaopt.save(file, predictors.TrainedPredictor(g, meta_params, trained[0].scaling, trained_on))
-    shutil.copy(folder / "corpus.csv", script.RESULTS / "transfer_corpus.csv")
+    suffix = "_regression" if problem == "regression" else ""
+    shutil.copy(folder / "corpus.csv", script.RESULTS / f"transfer_corpus{suffix}.csv")
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)

@@ -15,7 +15,7 @@ from experiments.data import from_data_folder
 from experiments.data.corpus import Corpus, build, read_frames, write_list
 from experiments.hyperparameters.auto_tune.units import in_processes
 from experiments.hyperparameters.transfer.config import FEATURES, GROUPS, Config
-from experiments.hyperparameters.transfer.families import excluded_tables, is_development
+from experiments.hyperparameters.transfer.families import excluded_of_regression, excluded_tables, is_development
 from metaopt import automl, base, tasks
 
 
@@ -43,7 +43,8 @@ def prepare_corpus(config: Config, folder: Path) -> None:
     """Builds the corpus, lists it in `corpus.csv`, and writes the tasks of every width to a file."""
     natural = natural_tables()
     sizes = {name: getattr(config, name) for name in ("per_family", "many_per_family", "num_rules")}
-    corpus = build(read_frames(config.max_frames), natural, excluded_tables(), **sizes)
+    excluded = excluded_of_regression() if config.numbers else excluded_tables()
+    corpus = build(read_frames(config.max_frames), natural, excluded, **sizes, numbers=config.numbers)
     folder.mkdir(parents=True, exist_ok=True)
     write_list(corpus, folder / "corpus.csv")
     described = describe(corpus, config)
