@@ -14,7 +14,7 @@ from experiments import script
 from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import main as command
 from experiments.hyperparameters.transfer import second_stage
-from experiments.hyperparameters.transfer.compare import _groups, _table
+from experiments.hyperparameters.transfer.compare import _table, groups
 from experiments.hyperparameters.transfer.config import DEFAULT, FEATURES, SMOKE, Width
 from experiments.hyperparameters.transfer.families import is_development
 from experiments.hyperparameters.transfer.judge import Finished, Outcome, digest
@@ -80,12 +80,14 @@ def test_a_footer_states_the_seconds_of_all_the_work(capsys, monkeypatch):
     assert "12345 processor seconds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, folder", [(["--smoke"], "transfer_smoke"), ([], "transfer")])
-def test_a_smoke_run_has_its_own_folder(monkeypatch, options, folder):
-    folders = []
-    monkeypatch.setattr(command, "ship", lambda out, seeds: folders.append(out.name))
-    command.main(["ship", *options])
-    assert folders == [folder]
+@pytest.mark.parametrize("problem, option", [("classification", []), ("regression", ["--regression"])])
+def test_smoke_runs_and_the_two_problems_have_their_own_folders(monkeypatch, problem, option):
+    shipped = []
+    monkeypatch.setattr(command, "ship", lambda problem, out, seeds: shipped.append((problem, out.name)))
+    command.main(["ship", *option])
+    command.main(["ship", "--smoke", *option])
+    name = "transfer" + "_regression" * bool(option)
+    assert shipped == [(problem, name), (problem, f"{name}_smoke")]
 
 
 def test_groups_of_development_tasks_are_those_of_their_sizes_and_kinds():
@@ -93,11 +95,11 @@ def test_groups_of_development_tasks_are_those_of_their_sizes_and_kinds():
     shared = (np.arange(20)[None] < np.array([2, 3, 20])[:, None]).astype(np.float32)
     train, valid = {"mask": mask([80, 100, 400]), "class_mask": shared}, {"mask": mask([60, 60, 200])}
     part = Pool(base.Task(train, valid), None, np.array(["a", "a", "b"]), np.array(["rule", "natural", "rotated"]))
-    groups = {name: inside.tolist() for name, inside in _groups([part]).items()}
-    assert groups["below 150 rows"] == groups["simulated rules"] == [True, False, False]
-    assert groups["150 to 500 rows"] == groups["natural targets"] == [False, True, False]
-    assert groups["500 rows and more"] == groups["13 classes and more"] == [False, False, True]
-    assert groups["others, without rules"] == [False, True, False]
+    made = {name: inside.tolist() for name, inside in groups([part]).items()}
+    assert made["below 150 rows"] == made["simulated rules"] == [True, False, False]
+    assert made["150 to 500 rows"] == made["natural targets"] == [False, True, False]
+    assert made["500 rows and more"] == made["13 classes and more"] == [False, False, True]
+    assert made["others, without rules"] == [False, True, False]
     values = {"x: mean of g": np.array([1.0, 2.0, 5.0]), "other": np.array([1.0, 4.0, 5.0])}
     table = _table(values, {"all": np.ones(3, bool)}, part.family, [Path("x")])
     assert "| other | 3.7500 (+0.5000 [" in table  # a family counts once

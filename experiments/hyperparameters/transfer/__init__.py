@@ -15,6 +15,9 @@ families (`experiments.data.corpus`). There are ten steps, which can run at diff
     python experiments/hyperparameters/transfer ship              puts the trained g into the package
     python experiments/hyperparameters/transfer --smoke           prepare, learn and judge, small
 
+With `--regression`, the steps prepare, learn, compare and ship are those of a second g, for `AutoRegressor`. Its tasks
+have intervals of numeric columns as targets.
+
 `families.json` has the families for judging. About 15 % of the other families are for development, and the rest are
 for learning. Settings and the number of steps are chosen on the development families. Only `judge` uses the families
 for judging. With `--extended`, the corpus also has tasks with many classes and simulated rules; g was not better on

@@ -20,6 +20,7 @@ from experiments.hyperparameters.transfer.judge import judge
 from experiments.hyperparameters.transfer.learning import learn
 from experiments.hyperparameters.transfer.pool import load_pools, prepare_corpus
 from experiments.hyperparameters.transfer.rates import compare_rates
+from experiments.hyperparameters.transfer.regression import compare_regression
 from experiments.hyperparameters.transfer.report import publish
 from experiments.hyperparameters.transfer.second_stage import compare_second_stage
 from experiments.hyperparameters.transfer.ten_runs import NUM_SPLITS, compare_ten_runs
@@ -64,17 +65,23 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
     if args.regression:
-        config = REGRESSION
+        if args.step not in ("prepare", "learn", "compare", "ship"):
+            parser.error("--regression needs one of the steps prepare, learn, compare and ship")
+        sizes = {"numbers": True} if args.smoke else {"numbers": True, "widths": REGRESSION.widths}
+        config = dataclasses.replace(config, **sizes)
     config = dataclasses.replace(config, outer_loss=args.outer_loss)
     if args.per_family:
         config = dataclasses.replace(config, per_family=args.per_family)
-    args.out = args.out or Path("results_local/transfer_smoke" if args.smoke else "results_local/transfer")
+    name = "transfer" + "_regression" * args.regression + "_smoke" * args.smoke
+    args.out = args.out or Path("results_local") / name
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
     if args.step in ("learn", "all"):
         for seed in args.seed:
             learn(config, args.out, seed)
-    if args.step == "compare":
+    if args.step == "compare" and args.regression and not args.other:
+        compare_regression(args.out, args)
+    elif args.step == "compare":
         compare(config, load_pools(config, args.out), [args.out, *args.other])
     if args.step == "choose":
         choose_spread(config, args.out, args.seed[0])
