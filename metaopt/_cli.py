@@ -350,7 +350,8 @@ def _read_rows(path: Path, model: Any, special: Sequence[str] = (), texts: Colle
         return frame
     needed = dict.fromkeys(names[code.source] for code in encoder.columns)
     if missing := [name for name in needed if name not in frame.columns]:
-        others = [name for name in frame.columns if name not in names][:5]
+        # The column of groups is no feature, and stays in new files.
+        others = [name for name in frame.columns if name not in (*names, model.group_name_)][:5]
         renamed = f" If it was renamed, it may be {', '.join(map(repr, others))}." if others else ""
         raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}, which the model needs.{renamed}")
     return frame.reindex(columns=list(dict.fromkeys([*names, *special])))

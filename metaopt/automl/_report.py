@@ -51,9 +51,9 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
 
     Its values are whole numbers or categories. There are at least 10 different ones, each has two rows on average, and
     four fifths have at least two. At least two other columns, the traits, are constant in the groups (in 98 % of pairs
-    of rows). One of them is a number, none has one value in 90 % of the rows, and none rises or falls with the name. At
-    least half of the groups differ in their traits. Parts of dates count as neither. Tables with more than 100 columns
-    are not searched.
+    of rows in which both values are known, which are at least half of all pairs). One of them is a number, none has one
+    value in 90 % of the rows, and none rises or falls with the name. At least half of the groups differ in their
+    traits. Parts of dates count as neither. Tables with more than 100 columns are not searched.
 
     Tables with more than 10,000 rows are compared in a random sample of their groups. There, the pairs are random rows
     of a group. In smaller tables, they are neighbors in the table. So a trait that changes slowly within a group is
@@ -64,26 +64,29 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
       encoder: the encoder.
 
     Returns:
-      The name of the column with most traits, or () if there is none.
+      The name of the column with most traits, or () if there is none. Of several, one without gaps is preferred, since
+      `fit` needs a group for each row, and then a category.
     """
     codes = [code for code in encoder.columns for _ in code.parts or ("",)]
     if len(codes) > _MOST_COLUMNS:
         return ()
-    x = np.where(np.isnan(x), -1.0, x)
     if len(x) > _MOST_ROWS:
         x = x[np.random.default_rng(0).permutation(len(x))]
-    part = x[:_MOST_ROWS]
+    part = np.where(np.isnan(x[:_MOST_ROWS]), -1.0, x[:_MOST_ROWS])
     varied = [np.unique(column, return_counts=True)[1].max() <= 0.9 * len(part) for column in part.T]
     usable = [j for j, code in enumerate(codes) if code.kind != "time" and varied[j]]
     x, kinds = x[:, usable], [codes[j].kind for j in usable]
-    num_traits = {j: _num_traits(x, i, codes[j], kinds) for i, j in enumerate(usable)}
-    best = max(usable, key=num_traits.__getitem__, default=-1)
-    return (encoder.names[best],) if best >= 0 and num_traits[best] else ()
+    ranks = [
+        (_num_traits(x, i, codes[j], kinds), not np.isnan(x[:, i]).any(), kinds[i] != "number")
+        for i, j in enumerate(usable)
+    ]
+    best = max(range(len(usable)), key=ranks.__getitem__, default=-1)
+    return (encoder.names[usable[best]],) if best >= 0 and ranks[best][0] else ()
 
 
 def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     """The number of traits of the groups of column j, or 0 if it does not name groups."""
-    known = x[:, j] >= 0
+    known = x[:, j] >= 0  # a gap is NaN
     if code.levels[-1:] == ("(other)",):
         known &= x[:, j] < len(code.levels) - 1
     rows = np.flatnonzero(known)
@@ -96,16 +99,21 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
         return 0
     rows = rows[np.argsort(names, kind="stable")]
     starts = (np.cumsum(sizes) - sizes)[:_MOST_ROWS]
-    first = x[rows[starts]]  # one row of each group, also of those that are not drawn
-    x = x[rows[_of_some_groups(sizes)]]
-    is_pair = np.diff(x[:, j]) == 0
-    traits = [k for k in range(len(kinds)) if k != j and (np.diff(x[:, k]) == 0)[is_pair].mean() >= 0.98]
+    compared = x[rows[_of_some_groups(sizes)]]
+    steps = np.diff(compared, axis=0)[np.diff(compared[:, j]) == 0]
+    both = ~np.isnan(steps)
+    is_trait = (both.mean(axis=0) >= 0.5) & ((steps == 0).sum(axis=0) >= 0.98 * both.sum(axis=0))
+    traits = [k for k in range(len(kinds)) if k != j and is_trait[k]]
+    # One value of each group, also of those that are not compared; −1 if all are gaps.
+    value = np.fmax.reduceat(x[rows][:, traits], starts, axis=0)
+    value = np.where(np.isnan(value), -1.0, value)
     # A column that rises or falls with the name, such as its square, is computed from it.
-    steps = np.diff(first, axis=0)
-    traits = [k for k in traits if steps[:, k].min() < 0 < steps[:, k].max()]
-    num_different = len(np.unique(first[:, traits], axis=0)) if traits else 0
-    has_number = any(kinds[k] == "number" for k in traits)
-    return len(traits) if len(traits) > 1 and has_number and num_different >= len(first) / 2 else 0
+    steps = np.diff(value, axis=0)
+    falls_and_rises = (steps.min(axis=0, initial=0) < 0) & (steps.max(axis=0, initial=0) > 0)
+    has_number = any(kinds[k] == "number" for k, used in zip(traits, falls_and_rises, strict=True) if used)
+    value = value[:, falls_and_rises]
+    num_different = len(np.unique(value, axis=0)) if value.size else 0
+    return value.shape[1] if value.shape[1] > 1 and has_number and num_different >= len(value) / 2 else 0
 
 
 def _of_some_groups(sizes: np.ndarray) -> np.ndarray:

@@ -14,6 +14,11 @@ from metaopt._progress import Report, report_progress
 
 MAX_LEAVES = 8  # of λ, each of which takes two more training runs at most
 FACTOR = 10.0  # how much a leaf of λ changes in such a run
+_NO_DERIVATIVE = (
+    "Look for a function without a finite derivative: √x or a norm at 0, or a division in the unused branch of "
+    "`jnp.where`."
+)
+_MORE = " Hypergradients were not checked: pass `estimator`."
 
 
 class Finding(NamedTuple):
@@ -49,7 +54,8 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"* {finding.what}\n  {finding.advice}" for finding in self.findings]
-        return "\n".join(lines or [f"No problem was found. Checked: {'; '.join(self.checked)}."])
+        more = "" if any("hypergradients" in name for name in self.checked) else _MORE
+        return "\n".join(lines or [f"No problem was found. Checked: {'; '.join(self.checked)}.{more}"])
 
 
 def diagnose(
@@ -121,7 +127,8 @@ def diagnose(
             findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates, report)
             report(2)
     steps = judged.steps
-    checked = [f"the losses and gradients of {num_steps} steps", "the growth of a perturbation of θ"]
+    checked = [f"the losses and gradients of {num_steps} steps", "the outer loss at the end and its gradients"]
+    checked += ["the growth of a perturbation of θ"]
     checked += ["the bounds of λ"] if space is not None else []
     checked += [f"{num_estimates} hypergradients of the rule"] if estimator is not None else []
     return Diagnosis(findings, judged.rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm, checked)
@@ -146,7 +153,8 @@ class _Judged(NamedTuple):
 
     Attributes:
       steps: the numbers of each step.
-      outer: the outer loss at the end.
+      outer: the outer loss f at the end.
+      slopes: ‖∂f/∂θ‖ and ‖∂f/∂λ‖ at the end.
       first_bad: the first step whose loss or gradient is not finite, or None.
       kept: [t] the growth before that step.
       settled: [t'] the last four fifths of `kept`. Before them, the perturbation turns into the direction that grows.
@@ -155,18 +163,19 @@ class _Judged(NamedTuple):
 
     steps: _Steps
     outer: Any
+    slopes: tuple[Any, Any]
     first_bad: int | None
     kept: np.ndarray
     settled: np.ndarray
     rate: float
 
 
-def _judged(steps: _Steps, outer: Any) -> _Judged:
+def _judged(steps: _Steps, outer: Any, slopes: tuple[Any, Any]) -> _Judged:
     bad = np.flatnonzero(~np.isfinite(steps.loss) | ~np.isfinite(steps.grad_norm))
     kept = steps.growth[: bad[0]] if bad.size else steps.growth
     settled = kept[len(kept) // 5 :]
     rate = float(np.mean(settled)) if settled.size else math.nan
-    return _Judged(steps, outer, int(bad[0]) if bad.size else None, kept, settled, rate)
+    return _Judged(steps, outer, slopes, int(bad[0]) if bad.size else None, kept, settled, rate)
 
 
 def _explodes(judged: _Judged, num_steps: int) -> bool:
@@ -192,8 +201,12 @@ def _perturbed_run(
     start_key: jax.Array,
     noise_key: jax.Array,
     num_steps: int,
-) -> tuple[_Steps, jax.Array]:
-    """Trains once, with a perturbation of θ in forward mode. Returns the numbers of each step, and f at the end."""
+) -> tuple[_Steps, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Trains once, with a perturbation of θ in forward mode.
+
+    Returns:
+      The numbers of each step, f at the end, and the norms of its gradients with respect to θ and λ.
+    """
     loop = problem.loop
     state = loop.init(start_key, hyperparams, task.train)
     leaves, structure = jax.tree.flatten(state)
@@ -233,8 +246,18 @@ def _perturbed_run(
         return (new, delta), _Steps(value[0], optax.tree.norm(grads), jnp.log(size))
 
     (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
-    batch = problem.outer_batch(start_key, task)
-    return steps, problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
+    batch, context = problem.outer_batch(start_key, task), loop.context(state)
+
+    def outer_loss(params, hyperparams):
+        return problem.outer_loss(params, hyperparams, batch, context)
+
+    outer, grads = jax.value_and_grad(outer_loss, (0, 1), allow_int=True)(loop.params(state), hyperparams)
+    return steps, outer, (_norm(grads[0]), _norm(grads[1]))
+
+
+def _norm(grads: base.PyTree) -> jax.Array:
+    """The norm of the floating-point leaves."""
+    return optax.tree.norm([x for x in jax.tree.leaves(grads) if jnp.issubdtype(x.dtype, jnp.floating)])
 
 
 def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
@@ -243,8 +266,7 @@ def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
     if np.isfinite(steps.loss[first]):
         return Finding(
             f"{when}, the inner loss is finite, but its gradient is not.",
-            "Look for a function without a finite derivative: √x or a norm at 0, or a division in the unused branch of "
-            "`jnp.where`. Or the gradient is too large for its type.",
+            f"{_NO_DERIVATIVE} Or the gradient is too large for its type.",
         )
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
@@ -260,6 +282,11 @@ def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
         findings.append(_divergence(judged.steps, judged.first_bad, num_steps))
     elif not np.isfinite(judged.outer):
         findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
+    else:
+        for name, slope in zip(("θ", "λ"), judged.slopes, strict=True):
+            if not np.isfinite(slope):
+                fault = f"The outer loss is finite after training, but its gradient with respect to {name} is not."
+                findings.append(Finding(fault, _NO_DERIVATIVE))
     findings += _findings_of_growth(judged, num_steps)
     if judged.first_bad is None:
         findings += _findings_of_loss(judged, num_steps)
@@ -269,6 +296,9 @@ def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_growth(judged: _Judged, num_steps: int) -> list[Finding]:
     """Problems with the derivative of training, from the log growth of the perturbation at each step."""
     kept, settled, rate = judged.kept, judged.settled, judged.rate
+    if (bad := np.flatnonzero(np.isnan(kept) | np.isposinf(kept))).size:
+        fault = f"From step {bad[0]} of {num_steps} on, the derivative of the step with respect to θ is not finite."
+        return [Finding(fault, f"The gradient of the inner loss is finite, but not its derivative. {_NO_DERIVATIVE}")]
     if _explodes(judged, num_steps):
         return [
             Finding(

@@ -100,6 +100,7 @@ class ColumnCode(NamedTuple):
       parts: the parts of a time, some of `PARTS`.
       sign: the sign or code of a currency or "%" that each text has next to its number; "" if there is none.
       share_missing: the share of the rows of `fit_encoder` whose value is missing; 1 if it is not known.
+      low, high: the smallest and the largest number in the rows of `fit_encoder`.
     """
 
     name: str
@@ -111,6 +112,8 @@ class ColumnCode(NamedTuple):
     parts: tuple[str, ...] = ()
     sign: str = ""
     share_missing: float = 1.0
+    low: float = -FLOAT32_MAX
+    high: float = FLOAT32_MAX
 
 
 class Fit(NamedTuple):

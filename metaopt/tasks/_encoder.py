@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 ACTIONS = ("dropped", "changed")
 _MOSTLY_MISSING = 0.9  # a column with a larger share of gaps in `fit_encoder` may be empty in new rows
 _SURPRISING = 1e-3
+_FEW_OUTSIDE = 9  # numbers outside the range of `fit_encoder`, of which nothing is said
 
 
 class ColumnNote(NamedTuple):
@@ -94,6 +95,9 @@ class TableEncoder(NamedTuple):
         the rows of `fit_encoder` is at most .9, and max(p, ½)ⁿ < .001. So there must be 10 rows, or more if p > ½. The
         minimum ½ is there because the rows of a small table may be alike.
 
+        The last warning is about a column of numbers of which more than half, and at least 10, lie outside the range in
+        the rows of `fit_encoder`, as after a change of the unit.
+
         Args:
           frame: a frame of any type that `fit_encoder` takes.
 
@@ -118,6 +122,8 @@ class TableEncoder(NamedTuple):
                 _log.log(level, message, code.name, unread.num, len(block), unread.reason, as_text(unread.example)[:60])
             if not is_large and np.isnan(block).all() and _surprises(code.share_missing, len(block)):
                 empty.append(code.name)
+            if code.kind == "number" and not is_large:
+                _warn_of_range(code, block[:, 0])
             blocks.append(block)
         if empty:
             columns = "column %s has" if len(empty) == 1 else "columns %s have"
@@ -244,8 +250,32 @@ def fit_encoder(
             _log.log(level, "the column %r is %s: it %s", name, action, reason)
         if fit.code is not None:
             share = float(np.isnan(fit.values).all(axis=1).mean())
-            codes.append(fit.code._replace(share_missing=share))
+            codes.append(_with_range(fit.code._replace(share_missing=share), fit.values))
     return TableEncoder(table.names, table.named, table.numbered, tuple(codes), tuple(notes), max_levels)
+
+
+def _with_range(code: ColumnCode, values: np.ndarray) -> ColumnCode:
+    known = values[~np.isnan(values)]
+    if code.kind != "number" or not known.size:
+        return code
+    return code._replace(low=float(known.min()), high=float(known.max()))
+
+
+def _warn_of_range(code: ColumnCode, values: np.ndarray) -> None:
+    """Warns if most values of a column of numbers lie outside the range in the rows of `fit_encoder`."""
+    outside = np.flatnonzero((values < code.low) | (values > code.high))  # a gap is neither
+    num_known = int((~np.isnan(values)).sum())
+    if len(outside) > max(_FEW_OUTSIDE, num_known / 2):
+        _log.warning(
+            "the column %r has %d of %d values outside the range in the rows of `fit`, %.6g to %.6g (such as %.6g); "
+            "has its unit changed?",
+            code.name,
+            len(outside),
+            num_known,
+            code.low + code.offset,
+            code.high + code.offset,
+            values[outside[0]] + code.offset,
+        )
 
 
 def _surprises(share_missing: float, num_rows: int) -> bool:
@@ -315,6 +345,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
         holds = holds and (not code.sign or is_amount(code))
         holds = holds and (code.kind == "time") == bool(code.parts) and (code.kind == "category") == bool(code.levels)
         holds = holds and isinstance(code.share_missing, float) and 0 <= code.share_missing <= 1
+        holds = holds and isinstance(code.low, float) and isinstance(code.high, float) and code.low <= code.high
         is_number = (is_whole(code.offset) or isinstance(code.offset, float)) and abs(code.offset) <= FLOAT32_MAX
         holds = holds and is_number and len(set(code.levels)) == len(code.levels)
     if not holds:

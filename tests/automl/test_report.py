@@ -20,6 +20,14 @@ def visits(num=30, size=4):
     return pd.DataFrame({"patient": 1000 + 7 * patient, **traits, "x": rng.normal(size=num * size)})
 
 
+def income(frame, gaps=False):
+    """Adds a number that each patient has alone, and texts as names."""
+    own = np.random.default_rng(3).permutation(30)[(frame["patient"] - 1000) // 7] * 100 + 20_000
+    own = own.astype(float)
+    own[::9] = np.nan if gaps else own[::9]
+    return frame.assign(income=own, patient=frame["patient"].map("p{}".format))
+
+
 def suspected(frame):
     encoder = tasks.fit_encoder(frame)
     return _report.suspected_groups(encoder.transform(frame), encoder)
@@ -64,6 +72,11 @@ def test_half_of_all_groups_of_a_long_table_must_differ(seed):
             ("patient",),
         ),
         (lambda frame: frame.assign(age=frame["age"].where(frame.index != 7, 99)), ("patient",)),  # one error
+        # Gaps of a trait do not count. A column with gaps, or of numbers, is not suggested in place of the names.
+        (lambda frame: frame.assign(age=frame["age"].where(np.arange(120) % 7 > 0)), ("patient",)),
+        (lambda frame: income(frame).iloc[:, ::-1], ("patient",)),
+        (lambda frame: income(frame, gaps=True).iloc[:, ::-1], ("patient",)),
+        (lambda frame: frame.assign(age=frame["age"].where(np.arange(120) % 7 == 0)), ()),  # hardly a pair is known
         (lambda frame: frame.assign(patient=frame["patient"] + 0.5), ()),
         (lambda frame: frame.drop(columns="sex"), ()),  # one trait
         (lambda frame: frame.drop(columns="age").assign(old=frame["sex"] == "f", size="a" + frame["sex"]), ()),

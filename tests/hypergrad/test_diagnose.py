@@ -29,11 +29,40 @@ def words(diagnosis):
 
 def test_a_healthy_run_has_no_finding():
     diagnosis = hypergrad.diagnose(quadratic(0.2), jnp.array(0.0), problems.TASK, num_steps=50)
-    sentence = "No problem was found. Checked: the losses and gradients of 50 steps; the growth of a perturbation of θ"
-    assert diagnosis.findings == [] and str(diagnosis) == f"{sentence}."
+    assert diagnosis.findings == [] and str(diagnosis) == (
+        "No problem was found. Checked: the losses and gradients of 50 steps; the outer loss at the end and its "
+        "gradients; the growth of a perturbation of θ. Hypergradients were not checked: pass `estimator`."
+    )
     # θ ← (1 − rate) θ: the growth is exact.
     np.testing.assert_allclose(diagnosis.growth, np.log(0.8), rtol=1e-9)
     np.testing.assert_allclose(diagnosis.products, np.log(0.8) * np.arange(1, 51), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("outer_loss", "name"),
+    [
+        # The branch that is not taken has an infinite derivative.
+        (lambda params, hp, batch: jnp.where(params > -1, params, jnp.sqrt(params - params)).sum() + hp, "θ"),
+        (lambda params, hp, batch: (params**2).sum() + jnp.sqrt(hp), "λ"),
+    ],
+)
+def test_a_finite_outer_loss_without_a_finite_gradient_is_found(outer_loss, name):
+    problem = inner.problem(quadratic(0.2).loop, outer_loss)
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=5)
+    (finding,) = diagnosis.findings
+    assert finding.what.startswith("The outer loss is finite") and f"with respect to {name} is not" in finding.what
+    assert "`jnp.where`" in finding.advice
+
+
+def test_a_gradient_without_a_finite_derivative_is_found():
+    loop = inner.loop(
+        lambda params, hp, batch: (jnp.abs(params) ** 1.5).sum(),
+        lambda hp: optax.sgd(0.1),
+        init=lambda key, hp, data: jnp.array([0.0, 1.0]),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: params.sum() + hp)
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=5)
+    assert "From step 0 of 5 on, the derivative of the step with respect to θ is not finite" in words(diagnosis)
 
 
 def test_the_inner_loss_is_that_of_the_training_rows():

@@ -121,9 +121,12 @@ REFUSALS = [
     (lambda: training.log_to("run.jsonl", every=0), "`every` must be at least 1; got 0"),
     (lambda: training.log_to("run.csv"), r'must end in "\.jsonl"'),
     *(
-        (lambda name=name, value=value: fit(**{name: value}), rf"`{name}` must be .*at least {least}; got {value}")
-        for name, least in {"num_steps": 0, "eval_every": 1, "checkpoint_every": 1, "steps_per_call": 1}.items()
-        for value in (least - 1, 2.5)
+        (
+            lambda name=name, value=value: fit(**{name: value}),
+            f"`{name}` must be a whole number of at least 1; got {value}",
+        )
+        for name in ("eval_every", "checkpoint_every", "steps_per_call")
+        for value in (0, -1, 2.5)
     ),
     (lambda: fit(sample_tasks=lambda key: np.ones((0, 2))), "a batch without tasks"),
     (lambda: init({"lr": 0.1, "layers": [2]}, np.ones(2)), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),

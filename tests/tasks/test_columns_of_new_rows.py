@@ -1,4 +1,4 @@
-"""The warning about columns that have values in `fit_encoder` and none in the new rows."""
+"""Warnings about columns that are empty in new rows, or outside the range in the rows of `fit_encoder`."""
 
 import json
 
@@ -78,3 +78,42 @@ def test_a_damaged_share_is_rejected(share):
     state["columns"][0]["share_missing"] = share
     with pytest.raises(ValueError, match="do not fit each other"):
         tasks.TableEncoder.from_state(state)
+
+
+@pytest.mark.parametrize(
+    ("values", "warns"),
+    [
+        (np.linspace(20, 80, 30) * 12, True),  # months instead of years
+        (np.linspace(20, 80, 30) / 100, True),
+        (np.r_[np.full(10, 81.0), np.full(9, 50.0)], True),
+        (np.r_[np.full(10, 81.0), np.full(10, 50.0)], False),  # half of them
+        (np.r_[np.full(10, 81.0), np.full(9, 50.0), np.full(99, np.nan)], True),  # gaps do not count
+        (np.full(9, 1e3), False),
+        (np.r_[20.0, 80.0, np.full(30, 50.0)], False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["number", "amount", "large", "boolean"])
+def test_numbers_outside_the_range_of_fit_are_reported(values, warns, kind, caplog, tmp_path):
+    as_kind = {
+        "number": list,
+        "amount": lambda x: [None if np.isnan(v) else f"€ {v:.2f}" for v in x],
+        "large": lambda x: [None if np.isnan(v) else 10**9 + int(100 * v) for v in x],  # an offset is subtracted
+        "boolean": lambda x: [None if np.isnan(v) else v > 0 for v in x],
+    }[kind]
+    ages = np.random.default_rng(0).uniform(20, 80, 200).round(2)
+    ages[:2] = 20, 80
+    encoder = tasks.fit_encoder({"age": as_kind(ages)} if kind != "boolean" else {"age": [True, False] * 100})
+    metaopt.save(tmp_path / "encoder.json", encoder)
+    caplog.clear()
+    metaopt.load(tmp_path / "encoder.json").transform({"age": as_kind(values)})
+    assert ("values outside the range in the rows of `fit`" in caplog.text) == (warns and kind != "boolean")
+    if warns and kind == "number":
+        assert "'age' has " in caplog.text and "20 to 80 (such as " in caplog.text and "unit" in caplog.text
+
+
+def test_rows_of_fit_are_within_their_range(caplog):
+    frame = {"a": (10.0 ** np.arange(20)).tolist() + [-1e30, 1e30], "b": [0.1] * 10 + [None] * 11 + [1e-40]}
+    encoder = tasks.fit_encoder(frame)
+    caplog.clear()
+    encoder.transform(frame)
+    assert "outside the range" not in caplog.text
