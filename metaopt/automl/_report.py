@@ -104,8 +104,10 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     both = ~np.isnan(steps)
     is_trait = (both.mean(axis=0) >= 0.5) & ((steps == 0).sum(axis=0) >= 0.98 * both.sum(axis=0))
     traits = [k for k in range(len(kinds)) if k != j and is_trait[k]]
-    # One value of each group, also of those that are not compared; −1 if all are gaps.
-    value = np.fmax.reduceat(x[rows][:, traits], starts, axis=0)
+    # The first value of each group, also of those that are not compared. If it is a gap, a known one, or −1.
+    sorted_traits = x[rows][:, traits]
+    value = sorted_traits[starts]
+    value = np.where(np.isnan(value), np.fmax.reduceat(sorted_traits, starts, axis=0), value)
     value = np.where(np.isnan(value), -1.0, value)
     # A column that rises or falls with the name, such as its square, is computed from it.
     steps = np.diff(value, axis=0)

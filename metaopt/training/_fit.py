@@ -186,12 +186,8 @@ def fit(
       1.5 [4. 1.] num_steps
     """
     _check_options(evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
-    whole = (("eval_every", eval_every), ("checkpoint_every", checkpoint_every), ("steps_per_call", steps_per_call))
-    for name, num in whole:
-        if num < 1 or num % 1:  # with 2.5, no evaluation would follow the first one
-            raise ValueError(f"`{name}` must be a whole number of at least 1; got {num}.")
-    hyperparams = _initial(_to_coordinates(space, hyperparams))
-    evaluate = _in_natural_units(space, evaluate)
+    _check_periods(eval_every=eval_every, checkpoint_every=checkpoint_every, steps_per_call=steps_per_call)
+    hyperparams, evaluate = _initial(_to_coordinates(space, hyperparams)), _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space, not keep_nonfinite)
     with contextlib.ExitStack() as stack:
@@ -266,6 +262,12 @@ def _check_options(
     _checks.check_integer("keep_nonfinite", keep_nonfinite, 0)
     if (keep_best or keep_nonfinite) and folder is None:
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
+
+
+def _check_periods(**periods: float) -> None:
+    for name, num in periods.items():
+        if num < 1 or num % 1:  # with 2.5, no evaluation would follow the first one
+            raise ValueError(f"`{name}` must be a whole number of at least 1; got {num}.")
 
 
 def _raise_if_ended_early(
