@@ -30,7 +30,7 @@ from experiments.data.corpus.targets import (
     labels_of,
     make_task,
 )
-from experiments.hyperparameters.transfer.families import FILE, draw_judging, excluded_tables
+from experiments.hyperparameters.transfer.families import FILE, draw_judging, excluded_of_regression, excluded_tables
 from metaopt import automl, tasks
 
 pytestmark = pytest.mark.once  # an experiment
@@ -273,6 +273,21 @@ def test_the_committed_corpus_has_no_family_for_judging():
     )
     items = {row["name"].split("/")[1] for row in rows if row["target"] == "rotated"}
     assert [item for item in sorted(items) if kept.has_name(item)] == []
+
+
+@pytest.mark.skipif("METAOPT_DATA" not in os.environ, reason="needs the data folder")
+def test_the_committed_corpus_of_regression_has_no_table_for_judging():
+    folder = Path(__file__).parents[1] / "experiments"
+    with open(folder / "results" / "transfer_corpus_regression.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert automl.shipped_predictor("regression").trained_on == {row["name"]: row["row_hash"] for row in rows}
+    assert len(rows) > 1500 and {row["name"].split("/")[-1] for row in rows} == {"intervals"}
+    lists = json.loads((folder / "automl" / "families.json").read_text())
+    excluded = excluded_of_regression()
+    for family in lists["judging"]["classification"] + lists["judging"]["regression"]:
+        assert excluded.has_name(family), family
+    items = {row["name"].split("/")[1] for row in rows}
+    assert [name for name in sorted(items | {row["family"] for row in rows}) if excluded.has_name(name)] == []
 
 
 def test_the_committed_corpus_states_the_licences_of_most_r_packages():

@@ -52,6 +52,7 @@ REFUSALS = [
         "Unknown label type: continuous",
     ),
     (lambda: automl.predict_hyperparams([{"a": 1, "y": 0}], "z"), "the column 'z'; there are a, y"),
+    (lambda: automl.shipped_predictor("ranking"), "`problem` must be one of classification, regression; got 'ranking'"),
     (lambda: automl.predict_hyperparams((np.zeros((30, 0)), np.arange(30) % 2, np.zeros(0, bool))), "column"),
 ]
 

@@ -37,6 +37,23 @@ def test_it_is_g_at_the_scaled_meta_features(prepared):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), predicted, expected)
 
 
+def test_each_problem_has_its_own_g(prepared):
+    x, categorical = prepared.train.raw, np.zeros(prepared.train.raw.shape[1], bool)
+    number = prepared.train.x[:, 0].astype(np.float64)
+    predicted = _network_folds.predicted_hyperparams(x, number, categorical, np.ones(len(x)), 0, seed=0)
+    codes = _network_folds.intervals(number).astype(np.int32)
+    described = tasks.metafeatures((x, codes, categorical), groups=_shipped.GROUPS, seed=0)
+    by_problem = {}
+    for problem in ("classification", "regression"):
+        trained = automl.shipped_predictor(problem)
+        features = trained.scaled_features(described)
+        by_problem[problem] = trained.predict(base.Task(None, None, features))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), predicted, by_problem["regression"])
+    of_classes = _network_folds.predicted_hyperparams(x, codes, categorical, np.ones(len(x)), 10, seed=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), of_classes, by_problem["classification"])
+    assert abs(np.log(float(predicted["rate"]) / float(of_classes["rate"]))) > 1e-3
+
+
 def test_only_training_rows_are_read(prepared):
     changed = lambda rows: rows._replace(raw=rows.raw * 7, x=rows.x * 7, y=rows.y[::-1])
     other = prepared._replace(valid=changed(prepared.valid), test=changed(prepared.test))
