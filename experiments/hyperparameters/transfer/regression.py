@@ -44,8 +44,8 @@ def compare_regression(folder: Path, args) -> None:
         losses[name] = {label: family_means(values, family) for label, values in by_method.items()}
     errors = estimator_errors(args)
     text = (
-        f"{len(family)} development tasks of {len(set(family))} families: {table(losses)}\n\n"
-        f'`AutoRegressor(preset="instant")` on development tables, {NUM_SEEDS} splits and seeds: '
+        f"{len(family)} development tasks of {len(set(family))} families:{table(losses)}\n\n"
+        f'`AutoRegressor(preset="instant")` on development tables, {NUM_SEEDS} splits and seeds:'
         f"{table_of_errors(errors)}"
     )
     out = SimpleNamespace(smoke=args.smoke, out=script.RESULTS)
