@@ -1,8 +1,9 @@
 """Learns the settings of AutoML's trees from records on other tables, starting at published defaults.
 
 `collect` fits members with the present settings and with random ones on tables of families that are neither for judging
-nor for development. The licences of these tables allow it. For regression, numeric columns of the same tables are
-targets. It keeps the out-of-fold and test predictions of each member.
+nor for development. By their sources, these tables are under CC BY 4.0, PDDL or MIT. For regression, numeric columns of
+the same tables are targets. It keeps the out-of-fold and test predictions of each member. The networks have the
+hyperparameters of the shipped g, which has learned from some of these tables, so they may be better here than elsewhere.
 
 `learn` replaces one member of the portfolio at a time by the random settings with the smallest mean loss of the whole
 ensemble. Five folds over families show what this gains on families that it did not see.
@@ -37,7 +38,7 @@ from metaopt.automl._portfolio import Member, portfolio
 from metaopt.training import report_progress
 
 MOST_ROWS, MOST_CLASSES, LEAST_ROWS = 1000, 12, 130
-NUM_DRAWS = {"lightgbm": 8, "xgboost": 6, "extra_trees": 6, "random_forest": 4, "linear": 4}
+NUM_DRAWS = {"lightgbm": 8, "xgboost": 6, "extra_trees": 6, "random_forest": 4}
 PROBLEMS = ("classification", "regression")
 SLOTS = ("lightgbm", "extra_trees", "random_forest", "xgboost", "lightgbm small", "extra_trees 2")
 NUM_FOLDS, NUM_SWEEPS = 5, 2
@@ -140,8 +141,6 @@ def draw(kind: str, problem: str, num_rows: int, rng: np.random.Generator) -> di
             "colsample_bylevel": rng.uniform(0.3, 1.0),
             **stop,
         }
-    if kind == "linear":
-        return {"C": log(1e-3, 100.0)} if problem == "classification" else {"alpha": log(0.1, 1000.0)}
     criterion = {"criterion": str(rng.choice(["gini", "entropy"]))} if problem == "classification" else {}
     leaf, share = round(log(1, 12)), rng.uniform(0.1, 1.0)
     return {"min_samples_leaf": leaf, "max_features": share, **criterion}
@@ -171,16 +170,16 @@ def collect_one(split: Split, members: list[Member]) -> Record:
     with (
         mock.patch.object(_estimators, "portfolio", lambda *_: members),
         mock.patch.object(_ensemble, "greedy_weights", equal_weights),
+        mock.patch.object(_ensemble, "smoothed", lambda probabilities, _: probabilities),  # `ensemble_loss` does it
     ):
         model.fit(frame.iloc[split.train], y[split.train])
-    failed, whole = set(model.ensemble_.failed), model.ensemble_
-    fitted = {member.member.name: member for member in whole.members}
-    names = [member.name for member in members if member.name not in failed]
-    test = []
-    for name in names:
-        model.ensemble_ = whole._replace(members=[fitted[name]._replace(weight=1.0)], temperature=1.0)
-        rows = frame.iloc[split.test]
-        test.append(model.predict_proba(rows) if split.is_class else model.predict(rows))
+        failed, whole = set(model.ensemble_.failed), model.ensemble_
+        fitted = {member.member.name: member for member in whole.members}
+        names = [member.name for member in members if member.name not in failed]  # the order of the predictions
+        test, rows = [], frame.iloc[split.test]
+        for name in names:
+            model.ensemble_ = whole._replace(members=[fitted[name]._replace(weight=1.0)], temperature=1.0)
+            test.append(model.predict_proba(rows) if split.is_class else model.predict(rows))
     seconds = np.array([fitted[name].fit_seconds for name in names])
     return Record(names, np.stack(seen["predictions"]), seen["target"], np.stack(test), seconds)
 
@@ -195,8 +194,9 @@ def collect(problem: str, splits: Sequence[Split], folder: Path, num_draws: dict
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     record = collect_one(split, candidates(problem, len(split.train), num_draws))
+                part = path.with_suffix(".part.npz")  # an interrupted run leaves no broken file under the final name
                 np.savez_compressed(
-                    path,
+                    part,
                     names=np.array(record.names),
                     out_of_fold=record.out_of_fold.astype(np.float32),
                     y=record.target.y,
@@ -204,6 +204,7 @@ def collect(problem: str, splits: Sequence[Split], folder: Path, num_draws: dict
                     test=record.test.astype(np.float32),
                     seconds=record.seconds,
                 )
+                part.rename(path)
             report(i + 1, table=split.table.name)
 
 
@@ -274,6 +275,11 @@ class Losses:
         present = np.array([self.of(i, SLOTS) for i in tables])
         return np.log((own + 0.02) / (present + 0.02))
 
+    def by_family(self, tables: Sequence[int], values: np.ndarray) -> np.ndarray:
+        """The means of the families of these tables."""
+        families = np.array([self.problem.splits[i].table.family for i in tables])
+        return np.array([values[families == name].mean() for name in np.unique(families)])
+
 
 def choose(losses: Losses, tables: Sequence[int]) -> dict[str, str]:
     """Replaces one slot at a time by the settings with the smallest mean change of the loss."""
@@ -282,7 +288,7 @@ def choose(losses: Losses, tables: Sequence[int]) -> dict[str, str]:
         for slot in SLOTS:
             others = [name for other, name in chosen.items() if other != slot]
             options = [n for n in kinds if kinds[n] == kinds[slot] and n not in others]
-            means = [losses.change(tables, [*others, option]).mean() for option in options]
+            means = [losses.by_family(tables, losses.change(tables, [*others, option])).mean() for option in options]
             chosen[slot] = options[int(np.argmin(means))]
     return chosen
 
@@ -303,21 +309,19 @@ def cross_validated(losses: Losses, seed: int) -> np.ndarray:
 # --- the page ---
 
 
-def report(losses: Losses, seeds: int) -> str:
+def report(losses: Losses, seeds: int, num_draws: dict[str, int]) -> str:
     """The settings that all families choose, and the change of the loss on families that did not choose."""
     problem = losses.problem
     unit = "log loss" if problem.splits[0].is_class else "RMSE"
-    families = np.array([split.table.family for split in problem.splits])
-    index = [np.flatnonzero(families == name) for name in np.unique(families)]
-    by_family = lambda values: np.array([values[rows].mean() for rows in index])
-    everything = range(len(families))
+    everything = range(len(problem.splits))
+    by_family = lambda values: losses.by_family(everything, values)
     chosen, rows = choose(losses, everything), []
     for seed in range(seeds):
         rows.append([f"other families, division {seed}", _interval(by_family(cross_validated(losses, seed)))])
     rows.append(["the families that chose", _interval(by_family(losses.change(everything, list(chosen.values()))))])
-    title = f"{len(index)} families, {len(families)} tables"
+    title = f"{len(set(split.table.family for split in problem.splits))} families, {len(everything)} tables"
     parts = [script.table([title, f"change of log({unit} + 0.02) [95 %]"], rows)]
-    settings = {m.name: m.settings for m in candidates(_name(problem), 10**6, NUM_DRAWS)}
+    settings = {m.name: m.settings for m in candidates(_name(problem), 10**6, num_draws)}
     cells = [[slot, name, json.dumps(settings[name])] for slot, name in chosen.items()]
     return "\n\n".join([*parts, script.table(["member", "chosen", "settings"], cells)])
 
@@ -350,7 +354,9 @@ def main() -> None:
         if args.step != "learn":
             collect(problem, splits, args.keep, num_draws)
         if args.step != "collect":
-            parts.append(f"{problem.capitalize()}\n\n{report(Losses(load(problem, splits, args.keep)), args.seeds)}")
+            parts.append(
+                f"{problem.capitalize()}\n\n{report(Losses(load(problem, splits, args.keep)), args.seeds, num_draws)}"
+            )
     if parts:
         script.publish(__file__, "Settings of AutoML's trees, learned from records", "\n\n".join(parts), args)
 

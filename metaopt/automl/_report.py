@@ -50,10 +50,10 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
     """Finds a column that may name groups of rows, such as patients with several visits.
 
     Its values are whole numbers or categories. There are at least 10 different ones, each has two rows on average, and
-    four fifths have at least two. At least two other columns, the traits, are constant in the groups (in 98 % of pairs
-    of rows in which both values are known, which are at least half of all pairs). One of them is a number, none has one
-    value in 90 % of the rows, and none rises or falls with the name. At least half of the groups differ in their
-    traits. Parts of dates count as neither. Tables with more than 100 columns are not searched.
+    four fifths have at least two. At least two other columns, the traits, are constant in the groups: both values must
+    be known in at least half of the pairs of rows, and equal in 98 % of these pairs. One of the traits is a number,
+    none has one value in 90 % of its known rows, and none rises or falls with the name. At least half of the groups
+    differ in their traits. Parts of dates count as neither. Tables with more than 100 columns are not searched.
 
     Tables with more than 10,000 rows are compared in a random sample of their groups. There, the pairs are random rows
     of a group. In smaller tables, they are neighbors in the table. So a trait that changes slowly within a group is
@@ -64,24 +64,24 @@ def suspected_groups(x: np.ndarray, encoder: tasks.TableEncoder) -> tuple[str, .
       encoder: the encoder.
 
     Returns:
-      The name of the column with most traits, or () if there is none. Of several, one without gaps is preferred, since
-      `fit` needs a group for each row, and then a category.
+      The name of the column with most traits, or () if there is none. Columns without gaps come first, since `fit`
+      needs a group for each row. Of columns with equally many traits, a category comes before a number.
     """
     codes = [code for code in encoder.columns for _ in code.parts or ("",)]
     if len(codes) > _MOST_COLUMNS:
         return ()
     if len(x) > _MOST_ROWS:
         x = x[np.random.default_rng(0).permutation(len(x))]
-    part = np.where(np.isnan(x[:_MOST_ROWS]), -1.0, x[:_MOST_ROWS])
-    varied = [np.unique(column, return_counts=True)[1].max() <= 0.9 * len(part) for column in part.T]
+    known = [column[~np.isnan(column)] for column in x[:_MOST_ROWS].T]
+    varied = [bool(c.size) and np.unique(c, return_counts=True)[1].max() <= 0.9 * len(c) for c in known]
     usable = [j for j, code in enumerate(codes) if code.kind != "time" and varied[j]]
     x, kinds = x[:, usable], [codes[j].kind for j in usable]
-    ranks = [
-        (_num_traits(x, i, codes[j], kinds), not np.isnan(x[:, i]).any(), kinds[i] != "number")
-        for i, j in enumerate(usable)
-    ]
-    best = max(range(len(usable)), key=ranks.__getitem__, default=-1)
-    return (encoder.names[usable[best]],) if best >= 0 and ranks[best][0] else ()
+    num_traits = [_num_traits(x, i, codes[j], kinds) for i, j in enumerate(usable)]
+    found = [i for i, num in enumerate(num_traits) if num]
+    if not found:
+        return ()
+    best = max(found, key=lambda i: (not np.isnan(x[:, i]).any(), num_traits[i], kinds[i] != "number"))
+    return (encoder.names[usable[best]],)
 
 
 def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
@@ -104,18 +104,16 @@ def _num_traits(x: np.ndarray, j: int, code: Any, kinds: list[str]) -> int:
     both = ~np.isnan(steps)
     is_trait = (both.mean(axis=0) >= 0.5) & ((steps == 0).sum(axis=0) >= 0.98 * both.sum(axis=0))
     traits = [k for k in range(len(kinds)) if k != j and is_trait[k]]
-    # The first value of each group, also of those that are not compared. If it is a gap, a known one, or −1.
-    sorted_traits = x[rows][:, traits]
+    # The first value of each group, also of those that are not compared. If it is a gap, a known one.
+    sorted_traits = x[rows[: starts[-1] + sizes[len(starts) - 1]]][:, traits]
     value = sorted_traits[starts]
     value = np.where(np.isnan(value), np.fmax.reduceat(sorted_traits, starts, axis=0), value)
-    value = np.where(np.isnan(value), -1.0, value)
     # A column that rises or falls with the name, such as its square, is computed from it.
-    steps = np.diff(value, axis=0)
-    falls_and_rises = (steps.min(axis=0, initial=0) < 0) & (steps.max(axis=0, initial=0) > 0)
-    has_number = any(kinds[k] == "number" for k, used in zip(traits, falls_and_rises, strict=True) if used)
-    value = value[:, falls_and_rises]
-    num_different = len(np.unique(value, axis=0)) if value.size else 0
-    return value.shape[1] if value.shape[1] > 1 and has_number and num_different >= len(value) / 2 else 0
+    steps = [np.diff(column[~np.isnan(column)]) for column in value.T]
+    used = [i for i, step in enumerate(steps) if step.min(initial=0) < 0 < step.max(initial=0)]
+    has_number = any(kinds[traits[i]] == "number" for i in used)
+    num_different = len(np.unique(np.nan_to_num(value[:, used], nan=-1.0), axis=0)) if used else 0
+    return len(used) if len(used) > 1 and has_number and num_different >= len(value) / 2 else 0
 
 
 def _of_some_groups(sizes: np.ndarray) -> np.ndarray:

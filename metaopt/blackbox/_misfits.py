@@ -25,13 +25,15 @@ def misfit(space: base.PyTree, configuration: Mapping[str, Any]) -> str:
 
 
 def wrong_fixed(name: str, value: Any, expected: Any) -> str:
-    """States that a configuration has another value than a fixed leaf, or returns "" if it has the same.
+    """States that the value of a fixed leaf is wrong in a configuration, or returns "" if it is right.
 
-    A record's number may differ from that of the leaf by the rounding of float32, and a fixed value may be NaN. So `==`
-    does not work.
+    A record's float may differ from that of the leaf by the rounding of float32, and a fixed value may be NaN. So `==`
+    does not work for floats.
     """
+    value = np.asarray(value).item() if np.ndim(value) == 0 else value  # also of an array without axes
     is_number = isinstance(value, numbers.Number)  # not a string or None
-    if is_number and np.isclose(value, expected, rtol=1e-6, atol=0.0, equal_nan=True):
+    rtol = 1e-6 if isinstance(expected, float) else 0.0
+    if is_number and np.isclose(value, expected, rtol=rtol, atol=0.0, equal_nan=True):
         return ""
     return f"The configuration's `{name}` must be {expected!r}; got {value!r}."
 

@@ -308,8 +308,10 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> list[str]:
     searched = {name: value for name, value in record.configuration.items() if name in distributions}
     try:
         within = spaces.configuration(space, spaces.from_configuration(space, searched))
-        for name in record.configuration.keys() & within.keys() - distributions.keys():
-            if wrong := _misfits.wrong_fixed(name, record.configuration[name], within[name]):
+        for name in sorted(record.configuration.keys() & within.keys() - distributions.keys()):
+            value = record.configuration[name]
+            is_gap = value is None or (isinstance(value, float) and math.isnan(value))  # as in a row of a data frame
+            if not is_gap and (wrong := _misfits.wrong_fixed(name, value, within[name])):
                 return [wrong]
         trial = optuna.trial.create_trial(
             state=optuna.trial.TrialState.COMPLETE if whole else optuna.trial.TrialState.PRUNED,

@@ -16,7 +16,7 @@ MAX_LEAVES = 8  # of λ, each of which takes two more training runs at most
 FACTOR = 10.0  # how much a leaf of λ changes in such a run
 _NO_DERIVATIVE = (
     "Look for a function without a finite derivative: √x or a norm at 0, or a division in the unused branch of "
-    "`jnp.where`."
+    "`jnp.where`. Or the gradient is too large for its type."
 )
 _MORE = " Hypergradients were not checked: pass `estimator`."
 
@@ -110,10 +110,14 @@ def diagnose(
     _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else key
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
-    traced = jax.jit(lambda hyperparams: _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps))
+
+    def perturbed(hyperparams):
+        return _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps, with_slopes)
+
     with report_progress(1 + (estimator is not None), None, unit="part") as report:
         with report.compiling("the training run with a perturbation"):
-            compiled = traced.lower(hyperparams).compile()
+            with_slopes = _has_gradient(problem, hyperparams, task, start_key)
+            compiled = jax.jit(perturbed).lower(hyperparams).compile()
         run = lambda hyperparams: _judged(*jax.tree.map(np.asarray, compiled(hyperparams)))
         with report.during("training with a perturbation"):
             judged = run(hyperparams)
@@ -127,7 +131,8 @@ def diagnose(
             findings += _findings_of_estimator(estimator, estimator_key, hyperparams, task, num_estimates, report)
             report(2)
     steps = judged.steps
-    checked = [f"the losses and gradients of {num_steps} steps", "the outer loss at the end and its gradients"]
+    checked = [f"the losses and gradients of {num_steps} steps"]
+    checked += [f"the outer loss at the end{' and its gradients' if with_slopes else ''}"]
     checked += ["the growth of a perturbation of θ"]
     checked += ["the bounds of λ"] if space is not None else []
     checked += [f"{num_estimates} hypergradients of the rule"] if estimator is not None else []
@@ -154,7 +159,7 @@ class _Judged(NamedTuple):
     Attributes:
       steps: the numbers of each step.
       outer: the outer loss f at the end.
-      slopes: ‖∂f/∂θ‖ and ‖∂f/∂λ‖ at the end.
+      slopes: whether ∂f/∂θ and ∂f/∂λ are finite at the end.
       first_bad: the first step whose loss or gradient is not finite, or None.
       kept: [t] the growth before that step.
       settled: [t'] the last four fifths of `kept`. Before them, the perturbation turns into the direction that grows.
@@ -194,6 +199,30 @@ def _is_sound(judged: _Judged, num_steps: int) -> bool:
     return is_finite and not _explodes(judged, num_steps) and _falls(judged, num_steps)
 
 
+def _is_repaired(judged: _Judged, num_steps: int) -> bool:
+    """Whether a run is sound, and its derivatives are finite."""
+    return _is_sound(judged, num_steps) and all(judged.slopes) and not _lost(judged.kept).size
+
+
+def _lost(growth: np.ndarray) -> np.ndarray:
+    """The steps after which the perturbation is not finite. A growth of −∞ is that of a perturbation that ends."""
+    return np.flatnonzero(np.isnan(growth) | np.isposinf(growth))
+
+
+def _has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: base.Task, key: jax.Array) -> bool:
+    """Whether JAX can differentiate the outer loss in reverse mode. Evolution strategies do not need this."""
+
+    def gradient(hyperparams):
+        state = problem.loop.init(key, hyperparams, task.train)
+        return _outer_loss(problem, hyperparams, task, state, key, with_slopes=True)
+
+    try:
+        jax.eval_shape(gradient, hyperparams)
+    except ValueError:  # of JAX, for a loop of unknown length or a callback
+        return False
+    return True
+
+
 def _perturbed_run(
     problem: base.Problem,
     hyperparams: base.HyperParams,
@@ -201,11 +230,13 @@ def _perturbed_run(
     start_key: jax.Array,
     noise_key: jax.Array,
     num_steps: int,
-) -> tuple[_Steps, jax.Array, tuple[jax.Array, jax.Array]]:
+    with_slopes: bool,
+) -> tuple[_Steps, jax.Array, tuple[Any, Any]]:
     """Trains once, with a perturbation of θ in forward mode.
 
     Returns:
-      The numbers of each step, f at the end, and the norms of its gradients with respect to θ and λ.
+      The numbers of each step; f at the end; and whether its gradients with respect to θ and λ are finite, which is
+      True without `with_slopes`.
     """
     loop = problem.loop
     state = loop.init(start_key, hyperparams, task.train)
@@ -241,23 +272,33 @@ def _perturbed_run(
             return floats_of(new), new
 
         _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
+        # Divide by the largest entry first: the squares of Adam's second moments may overflow.
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(d), initial=0.0) for d in delta]))
+        delta = [d / jnp.where(largest > 0, largest, 1) for d in delta]
         size = optax.tree.norm(delta)
-        delta = jax.tree.map(lambda d: d / jnp.where(size > 0, size, 1), delta)
-        return (new, delta), _Steps(value[0], optax.tree.norm(grads), jnp.log(size))
+        delta = [d / jnp.where(size > 0, size, 1) for d in delta]
+        return (new, delta), _Steps(value[0], optax.tree.norm(grads), jnp.log(largest) + jnp.log(size))
 
     (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
-    batch, context = problem.outer_batch(start_key, task), loop.context(state)
+    return steps, *_outer_loss(problem, hyperparams, task, state, start_key, with_slopes)
+
+
+def _outer_loss(problem, hyperparams, task, state, key, with_slopes: bool) -> tuple[jax.Array, tuple[Any, Any]]:
+    """f, and whether ∂f/∂θ and ∂f/∂λ are finite; True without `with_slopes`."""
+    batch, context = problem.outer_batch(key, task), problem.loop.context(state)
 
     def outer_loss(params, hyperparams):
         return problem.outer_loss(params, hyperparams, batch, context)
 
-    outer, grads = jax.value_and_grad(outer_loss, (0, 1), allow_int=True)(loop.params(state), hyperparams)
-    return steps, outer, (_norm(grads[0]), _norm(grads[1]))
-
-
-def _norm(grads: base.PyTree) -> jax.Array:
-    """The norm of the floating-point leaves."""
-    return optax.tree.norm([x for x in jax.tree.leaves(grads) if jnp.issubdtype(x.dtype, jnp.floating)])
+    params = problem.loop.params(state)
+    if not with_slopes:
+        return outer_loss(params, hyperparams), (True, True)
+    outer, grads = jax.value_and_grad(outer_loss, (0, 1), allow_int=True)(params, hyperparams)
+    of_theta, of_lambda = (
+        jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]))
+        for tree in grads
+    )
+    return outer, (of_theta, of_lambda)
 
 
 def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
@@ -266,7 +307,7 @@ def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
     if np.isfinite(steps.loss[first]):
         return Finding(
             f"{when}, the inner loss is finite, but its gradient is not.",
-            f"{_NO_DERIVATIVE} Or the gradient is too large for its type.",
+            _NO_DERIVATIVE,
         )
     if first == 0:
         advice = "Look for labels that are not among the classes of the loss, NaN in the data, and log(0) or 0/0."
@@ -284,7 +325,7 @@ def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
         findings.append(Finding("The outer loss is not finite after training.", "Look for log(0) or 0/0 in it."))
     else:
         for name, slope in zip(("θ", "λ"), judged.slopes, strict=True):
-            if not np.isfinite(slope):
+            if not slope:
                 fault = f"The outer loss is finite after training, but its gradient with respect to {name} is not."
                 findings.append(Finding(fault, _NO_DERIVATIVE))
     findings += _findings_of_growth(judged, num_steps)
@@ -296,7 +337,7 @@ def _findings_of_run(judged: _Judged, num_steps: int) -> list[Finding]:
 def _findings_of_growth(judged: _Judged, num_steps: int) -> list[Finding]:
     """Problems with the derivative of training, from the log growth of the perturbation at each step."""
     kept, settled, rate = judged.kept, judged.settled, judged.rate
-    if (bad := np.flatnonzero(np.isnan(kept) | np.isposinf(kept))).size:
+    if (bad := _lost(kept)).size:
         fault = f"From step {bad[0]} of {num_steps} on, the derivative of the step with respect to θ is not finite."
         return [Finding(fault, f"The gradient of the inner loss is finite, but not its derivative. {_NO_DERIVATIVE}")]
     if _explodes(judged, num_steps):
@@ -365,7 +406,7 @@ def _findings_of_leaves(
             with report.during(f"training with {amount} {name}"):
                 judged = run(_like(coordinates if is_unconstrained else changed, hyperparams))
             tried.append(f"{amount} {name}")
-            if _is_sound(judged, num_steps):
+            if _is_repaired(judged, num_steps):
                 fault = (
                     f"{name} is likely the cause: with {amount} its value, training is finite and the inner loss falls."
                 )

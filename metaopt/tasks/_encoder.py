@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 ACTIONS = ("dropped", "changed")
 _MOSTLY_MISSING = 0.9  # a column with a larger share of gaps in `fit_encoder` may be empty in new rows
 _SURPRISING = 1e-3
-_FEW_OUTSIDE = 9  # numbers outside the range of `fit_encoder`, of which nothing is said
+_FEW_OUTSIDE = 9  # up to this many numbers outside the range of `fit_encoder`, there is no warning
 
 
 class ColumnNote(NamedTuple):
@@ -95,8 +95,8 @@ class TableEncoder(NamedTuple):
         the rows of `fit_encoder` is at most .9, and max(p, ½)ⁿ < .001. So there must be 10 rows, or more if p > ½. The
         minimum ½ is there because the rows of a small table may be alike.
 
-        The last warning is about a column of numbers of which more than half, and at least 10, lie outside the range in
-        the rows of `fit_encoder`, as after a change of the unit.
+        The last warning names a column of numbers if more than half of its known values, and at least 10, lie outside
+        the range in the rows of `fit_encoder`. The unit may have changed.
 
         Args:
           frame: a frame of any type that `fit_encoder` takes.
@@ -263,11 +263,12 @@ def _with_range(code: ColumnCode, values: np.ndarray) -> ColumnCode:
 
 def _warn_of_range(code: ColumnCode, values: np.ndarray) -> None:
     """Warns if most values of a column of numbers lie outside the range in the rows of `fit_encoder`."""
-    outside = np.flatnonzero((values < code.low) | (values > code.high))  # a gap is neither
+    rounding = 1e-6 * max(abs(code.low), abs(code.high))  # of float32
+    outside = np.flatnonzero((values < code.low - rounding) | (values > code.high + rounding))  # a gap is neither
     num_known = int((~np.isnan(values)).sum())
     if len(outside) > max(_FEW_OUTSIDE, num_known / 2):
         _log.warning(
-            "the column %r has %d of %d values outside the range in the rows of `fit`, %.6g to %.6g (such as %.6g); "
+            "the column %r has %d of %d values outside the range in the rows of `fit`, %.12g to %.12g (such as %.12g); "
             "has its unit changed?",
             code.name,
             len(outside),

@@ -161,8 +161,8 @@ def fit(
       ValueError: if `learner` is not a `Learner`, or `sample_tasks` not a function.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `keep_best` or `keep_nonfinite` and no
         `checkpoint_dir`.
-      ValueError: if `eval_every`, `checkpoint_every` or `steps_per_call` is not a whole number of at least 1, or
-        `keep_best` or `keep_nonfinite` is not an integer of at least 0.
+      ValueError: if `eval_every` or `checkpoint_every` is not a whole number of at least 1, `steps_per_call` is not an
+        integer of at least 1, or `keep_best` or `keep_nonfinite` is not an integer of at least 0.
       ValueError: if λ has a leaf that is an integer or not finite, does not fit `space`, or lies outside it.
       ValueError: if the estimator works in unconstrained coordinates and `space` is missing, or the reverse; if
         `space` is not the problem's.
@@ -186,7 +186,7 @@ def fit(
       1.5 [4. 1.] num_steps
     """
     _check_options(evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
-    _check_periods(eval_every=eval_every, checkpoint_every=checkpoint_every, steps_per_call=steps_per_call)
+    _check_periods(steps_per_call, eval_every=eval_every, checkpoint_every=checkpoint_every)
     hyperparams, evaluate = _initial(_to_coordinates(space, hyperparams)), _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
     steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space, not keep_nonfinite)
@@ -264,7 +264,8 @@ def _check_options(
         raise ValueError("`keep_best` and `keep_nonfinite` are numbers of checkpoints: pass `checkpoint_dir` too.")
 
 
-def _check_periods(**periods: float) -> None:
+def _check_periods(steps_per_call: int, **periods: float) -> None:
+    _checks.check_integer("steps_per_call", steps_per_call, 1)
     for name, num in periods.items():
         if num < 1 or num % 1:  # with 2.5, no evaluation would follow the first one
             raise ValueError(f"`{name}` must be a whole number of at least 1; got {num}.")
@@ -395,11 +396,10 @@ def _no_finite_steps(run: Run, checkpoints: Checkpoints | None) -> str:
     kept = ""
     if checkpoints is not None and checkpoints.newest == run.step:
         kept = f" The checkpoint of step {run.step} is in {checkpoints.directory}."
-    num = _num_non_finite(run)
-    finite_loss = bool(np.isfinite(run.history["value"][-num:]).all())
-    lost = "hypergradient, although the outer loss was finite" if finite_loss else "outer loss or hypergradient"
-    cause = _stopping.likely_cause(run.state.tasks, finite_loss=finite_loss)
-    return f"The last {num} steps, up to step {run.step}, had no finite {lost}. {cause}{kept}"
+    return (
+        f"The last {_num_non_finite(run)} steps, up to step {run.step}, had no finite outer loss or hypergradient. "
+        f"{_stopping.likely_cause(run.state.tasks)}{kept}"
+    )
 
 
 def _to_coordinates(space: base.PyTree | None, hyperparams: base.HyperParams) -> base.HyperParams:

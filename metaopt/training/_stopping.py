@@ -115,14 +115,10 @@ def num_non_finite(values: Sequence[float], skipped: Sequence[float]) -> int:
     return num
 
 
-def likely_cause(tasks: base.PyTree, *, finite_loss: bool = False) -> str:
+def likely_cause(tasks: base.PyTree) -> str:
     """Returns the likely causes, found in the tasks, of an infinite or NaN outer loss or hypergradient.
 
     If labels "y" do not start at 0, they are named first.
-
-    Args:
-      tasks: the tasks of the last step.
-      finite_loss: whether the outer loss is finite, and only the hypergradient is not.
     """
     non_finite, integers, is_shifted = [], [], False
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
@@ -136,13 +132,9 @@ def likely_cause(tasks: base.PyTree, *, finite_loss: bool = False) -> str:
             is_shifted |= jax.tree_util.keystr(path[-1:], simple=True) == "y" and x.min() != 0
     if non_finite:
         return f"The tasks have NaN or infinite values: {', '.join(non_finite[:3])}."
-    if finite_loss:
-        return (
-            "The likely cause is a loss without a finite derivative (√x or a norm at 0, or a division in the unused "
-            "branch of `jnp.where`), or a derivative of training that explodes. `hypergrad.diagnose` examines both."
-        )
     divergence = (
-        "an inner loop that diverges, for example at a rate that is too large, which `hypergrad.diagnose` examines"
+        "an inner loop that diverges, for example at a rate that is too large, or a loss without a finite derivative, "
+        "such as √x at 0 (print `hypergrad.diagnose`)"
     )
     if not integers:
         return f"The likely cause is {divergence}."

@@ -28,6 +28,18 @@ def income(frame, gaps=False):
     return frame.assign(income=own, patient=frame["patient"].map("p{}".format))
 
 
+def with_a_trait_of_the_income(frame):
+    frame = income(frame, gaps=True)
+    changes = np.random.default_rng(5).normal(size=len(frame))
+    return frame.assign(tax=frame["income"].mod(7.3).where(frame["income"].notna(), changes))
+
+
+def nearly_constant(num, seed=0):
+    rng = np.random.default_rng(seed)
+    values = np.where(rng.random(num) < 0.02, 1.0, 0.0)
+    return np.where(rng.random(num) < 0.15, np.nan, values)
+
+
 def suspected(frame):
     encoder = tasks.fit_encoder(frame)
     return _report.suspected_groups(encoder.transform(frame), encoder)
@@ -77,6 +89,9 @@ def test_half_of_all_groups_of_a_long_table_must_differ(seed):
         (lambda frame: income(frame).iloc[:, ::-1], ("patient",)),
         (lambda frame: income(frame, gaps=True).iloc[:, ::-1], ("patient",)),
         (lambda frame: frame.assign(age=frame["age"].where(np.arange(120) % 7 == 0)), ()),  # hardly a pair is known
+        (with_a_trait_of_the_income, ("patient",)),  # which has more traits, but gaps
+        (lambda frame: frame.assign(age=nearly_constant(120), sex=nearly_constant(120, 1)), ()),
+        (lambda frame: frame.assign(age=(frame["patient"] ** 2).where(frame["patient"] % 5 > 0)), ()),
         (lambda frame: frame.assign(patient=frame["patient"] + 0.5), ()),
         (lambda frame: frame.drop(columns="sex"), ()),  # one trait
         (lambda frame: frame.drop(columns="age").assign(old=frame["sex"] == "f", size="a" + frame["sex"]), ()),

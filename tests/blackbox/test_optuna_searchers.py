@@ -172,11 +172,16 @@ def test_low_budgets_and_pruned_trials_of_others_are_learned_from(searcher, fide
 def test_tpe_ignores_records_with_another_fixed_value(caplog):
     searcher = blackbox.tpe()
     state = searcher.init(KEY, {"x": spaces.interval(0.0, 1.0), "three": spaces.fixed(3), "tiny": spaces.fixed(0.1)})
-    given = [{"x": 0.5, "three": 4}, {"x": 0.6, "three": 3, "tiny": 0.1 + 1e-9}, {"x": 0.7}]
+    given = [
+        {"x": 0.5, "three": 4},
+        {"x": 0.6, "three": np.array(3), "tiny": 0.1 + 1e-9},
+        {"x": 0.7},
+        {"x": 0.8, "three": math.nan, "tiny": None},
+    ]
     state = searcher.tell(state, [Record("a", c, 0.1, trial=7 + i) for i, c in enumerate(given)])
-    assert [trial.params["x"] for trial in state.study.trials] == [0.6, 0.7]
+    assert [trial.params["x"] for trial in state.study.trials] == [0.6, 0.7, 0.8]
     (warning,) = caplog.records
-    assert "1 of 3 records do not fit" in warning.getMessage() and "`three` must be 3; got 4" in warning.getMessage()
+    assert "1 of 4 records do not fit" in warning.getMessage() and "`three` must be 3; got 4" in warning.getMessage()
 
 
 def test_tpe_ignores_records_outside_its_space_and_warns_once(caplog):

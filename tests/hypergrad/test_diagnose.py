@@ -54,6 +54,33 @@ def test_a_finite_outer_loss_without_a_finite_gradient_is_found(outer_loss, name
     assert "`jnp.where`" in finding.advice
 
 
+@pytest.mark.parametrize(
+    "outer_loss",
+    [
+        lambda params, hp, batch: jax.lax.while_loop(lambda x: x > 1, lambda x: x / 2, (params**2).sum()),
+        lambda params, hp, batch: jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), params.dtype), params.sum()),
+    ],
+)
+def test_an_outer_loss_without_a_derivative_is_only_evaluated(outer_loss):
+    problem = inner.problem(quadratic(0.2).loop, outer_loss)
+    diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=5)
+    assert diagnosis.findings == [] and diagnosis.checked[1] == "the outer loss at the end"
+
+
+@pytest.mark.parametrize("optimizer", [optax.adam, optax.rmsprop])
+def test_squares_that_overflow_are_no_finding(optimizer):
+    """The perturbation of Adam's second moments is the square of large gradients."""
+    x = np.random.default_rng(0).uniform(0, 1e6, (50, 3)).astype(np.float32)
+    loop = inner.loop(
+        lambda params, hp, batch: jnp.mean((batch @ params - batch[:, 0]) ** 2),
+        lambda hp: optimizer(0.01),
+        init=lambda key, hp, data: jnp.zeros(3, jnp.float32),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: jnp.mean((batch @ params - batch[:, 0]) ** 2) + hp)
+    diagnosis = hypergrad.diagnose(problem, jnp.float32(0.0), base.Task(x, x), num_steps=50)
+    assert np.isfinite(diagnosis.growth) and "derivative" not in words(diagnosis)
+
+
 def test_a_gradient_without_a_finite_derivative_is_found():
     loop = inner.loop(
         lambda params, hp, batch: (jnp.abs(params) ** 1.5).sum(),

@@ -366,11 +366,8 @@ def test_a_hypergradient_whose_norm_overflows_is_skipped():
         return base.Estimate(1.0, jnp.full(2, 1e200), jnp.array(True), {}), state
 
     steep = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
-    with pytest.raises(FloatingPointError, match="no finite hypergradient, although the outer loss was finite.*√x"):
+    with pytest.raises(FloatingPointError, match="The last 10 steps.*diverges.* or a loss without a finite derivative"):
         fit(training.learner(steep, optax.adam(0.1)), hyperparams=np.ones(2), num_steps=20)
-    lost = steep._replace(estimate=lambda *args: (base.Estimate(jnp.nan, jnp.full(2, 1e200), jnp.array(True), {}), ()))
-    with pytest.raises(FloatingPointError, match="no finite outer loss or hypergradient.*diverges"):
-        fit(training.learner(lost, optax.adam(0.1)), hyperparams=np.ones(2), num_steps=20)
 
 
 def test_recorded_values_of_lambda_are_in_the_history_and_survive_a_resume(tmp_path):
@@ -422,7 +419,7 @@ NON_FINITE = {
     ),
     "a derivative that explodes": (
         lambda **kwargs: fit(training.learner(divergent(), optax.sgd(0.1)), **kwargs),
-        "a derivative of training that explodes. `hypergrad.diagnose` examines both.$",
+        r"an inner loop that diverges, .*, or a loss without a finite derivative, .* \(print `hypergrad.diagnose`\).$",
     ),
 }
 

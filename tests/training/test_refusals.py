@@ -125,8 +125,12 @@ REFUSALS = [
             lambda name=name, value=value: fit(**{name: value}),
             f"`{name}` must be a whole number of at least 1; got {value}",
         )
-        for name in ("eval_every", "checkpoint_every", "steps_per_call")
+        for name in ("eval_every", "checkpoint_every")
         for value in (0, -1, 2.5)
+    ),
+    *(
+        (lambda value=value: fit(steps_per_call=value), f"`steps_per_call` must be .*at least 1; got {value}")
+        for value in (0, -1, 2.0, True)
     ),
     (lambda: fit(sample_tasks=lambda key: np.ones((0, 2))), "a batch without tasks"),
     (lambda: init({"lr": 0.1, "layers": [2]}, np.ones(2)), r"`hyperparams\['layers'\]\[0\]` has dtype int.*a closure"),

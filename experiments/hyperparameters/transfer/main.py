@@ -53,7 +53,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     parser.add_argument("--extended", action="store_true", help="also tasks with many classes, and simulated rules")
-    parser.add_argument("--regression", action="store_true", help="prepare, learn, ship: a g for regression")
+    parser.add_argument("--regression", action="store_true", help="prepare, learn, compare, ship: a g for regression")
     parser.add_argument("--outer-loss", choices=("log_loss", "rank_error"), default="log_loss", help="of learning")
     parser.add_argument("--per-family", type=int, help="prepare: the most tasks of a family with rotated targets")
     parser.add_argument("--splits", type=int, default=NUM_SPLITS, help="rates, second-stage: splits of the rows")
@@ -65,14 +65,17 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     config = SMOKE if args.smoke else EXTENDED if args.extended else DEFAULT
     if args.regression:
-        if args.step not in ("prepare", "learn", "compare", "ship"):
-            parser.error("--regression needs one of the steps prepare, learn, compare and ship")
+        if args.step not in ("prepare", "learn", "compare", "ship") or args.extended:
+            parser.error("--regression needs one of the steps prepare, learn, compare and ship, without --extended")
         sizes = {"numbers": True} if args.smoke else {"numbers": True, "widths": REGRESSION.widths}
         config = dataclasses.replace(config, **sizes)
+    elif args.outer_loss != "log_loss":
+        parser.error("--outer-loss needs --regression")
     config = dataclasses.replace(config, outer_loss=args.outer_loss)
     if args.per_family:
         config = dataclasses.replace(config, per_family=args.per_family)
     name = "transfer" + "_regression" * args.regression + "_smoke" * args.smoke
+    name += f"_{args.outer_loss}" if args.outer_loss != "log_loss" else ""
     args.out = args.out or Path("results_local") / name
     if args.step in ("prepare", "all"):
         prepare_corpus(config, args.out)
@@ -80,7 +83,7 @@ def main(argv=None) -> None:
         for seed in args.seed:
             learn(config, args.out, seed)
     if args.step == "compare" and args.regression and not args.other:
-        compare_regression(args.out, args)
+        compare_regression(config, args.out, args)
     elif args.step == "compare":
         compare(config, load_pools(config, args.out), [args.out, *args.other])
     if args.step == "choose":

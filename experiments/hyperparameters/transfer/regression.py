@@ -14,7 +14,7 @@ from experiments import script
 from experiments.automl import tables
 from experiments.hyperparameters.auto_tune.network import make_network
 from experiments.hyperparameters.transfer import compare, pool
-from experiments.hyperparameters.transfer.config import REGRESSION
+from experiments.hyperparameters.transfer.config import Config
 from experiments.hyperparameters.transfer.report import family_means, interval
 from metaopt import automl, spaces
 from metaopt.automl import _network_folds
@@ -23,24 +23,26 @@ NUM_SEEDS = 3
 G, OTHER, ONE = "g of regression", "g of classification", "one λ for all"
 
 
-def compare_regression(folder: Path, args) -> None:
-    """Writes a page: losses on development tasks of the corpus, and of `AutoRegressor` on its development tables."""
-    network = make_network(REGRESSION.run)
-    parts = [compare.development(part) for part in pool.load_pools(REGRESSION, folder)]
+def compare_regression(config: Config, folder: Path, args) -> None:
+    """Writes a page: losses on development tasks of the corpus, and of `AutoRegressor` on its development tables.
+
+    The losses on tasks are those of the g in `folder`. `AutoRegressor` uses the shipped ones, so `ship` comes first.
+    """
+    network = make_network(config.run)
+    parts = [compare.development(part) for part in pool.load_pools(config, folder)]
     family = np.concatenate([part.family for part in parts])
-    ones = np.mean([compare.one_for_all(path, network.space) for path in folder.glob("g_*.json")], axis=0)
 
     def methods(raw):
+        own = compare.coordinates([folder], raw, network.space)
         return {
-            ONE: np.broadcast_to(ones, (len(raw), len(ones))),
+            ONE: own[f"{folder.name}: one λ for all"],
             OTHER: compare.predicted_by(automl.shipped_predictor(), raw),
-            G: compare.predicted_by(automl.shipped_predictor("regression"), raw),
+            G: own[f"{folder.name}: mean of g"],
         }
 
     losses = {}
     for name in ("log_loss", "rank_error"):
-        config = dataclasses.replace(REGRESSION, outer_loss=name)
-        by_method = compare.losses_of(config, parts, methods)
+        by_method = compare.losses_of(dataclasses.replace(config, outer_loss=name), parts, methods)
         losses[name] = {label: family_means(values, family) for label, values in by_method.items()}
     errors = estimator_errors(args)
     text = (
@@ -49,7 +51,8 @@ def compare_regression(folder: Path, args) -> None:
         f"{table_of_errors(errors)}"
     )
     out = SimpleNamespace(smoke=args.smoke, out=script.RESULTS)
-    plot(losses, script.RESULTS / "transfer_regression.png")
+    if not args.smoke:
+        plot(losses, script.RESULTS / "transfer_regression.png")
     script.publish(Path(__file__).parent, "A g for regression", text, out, name="transfer_regression")
 
 
