@@ -3,7 +3,7 @@
 `collect` fits members with the present settings and with random ones on tables of families that are neither for judging
 nor for development. By their sources, these tables are under CC BY 4.0, PDDL or MIT. For regression, numeric columns of
 the same tables are targets. It keeps the out-of-fold and test predictions of each member. The networks have the
-hyperparameters of the shipped g, which has learned from some of these tables, so they may be better here than elsewhere.
+hyperparameters of the shipped g, which has learned from some of these tables. So they may be too good here.
 
 `learn` replaces one member of the portfolio at a time by the random settings with the smallest mean loss of the whole
 ensemble. Five folds over families show what this gains on families that it did not see.
