@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from metaopt import _checks, base, inner, spaces
+from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
+from metaopt.hypergrad._perturbed_run import Steps, has_gradient, perturbed_run
 
 MAX_LEAVES = 8  # of λ, each of which takes two more training runs at most
 FACTOR = 10.0  # how much a leaf of λ changes in such a run
@@ -112,11 +112,11 @@ def diagnose(
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
 
     def perturbed(hyperparams):
-        return _perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps, with_slopes)
+        return perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps, with_slopes)
 
     with report_progress(1 + (estimator is not None), None, unit="part") as report:
         with report.compiling("the training run with a perturbation"):
-            with_slopes = _has_gradient(problem, hyperparams, task, start_key)
+            with_slopes = has_gradient(problem, hyperparams, task, start_key)
             compiled = jax.jit(perturbed).lower(hyperparams).compile()
         run = lambda hyperparams: _judged(*jax.tree.map(np.asarray, compiled(hyperparams)))
         with report.during("training with a perturbation"):
@@ -139,20 +139,6 @@ def diagnose(
     return Diagnosis(findings, judged.rate, np.cumsum(steps.growth), steps.loss, steps.grad_norm, checked)
 
 
-class _Steps(NamedTuple):
-    """The numbers of one training run, step by step.
-
-    Attributes:
-      loss: [T] the inner loss ℓ.
-      grad_norm: [T] ‖∇θ ℓ‖.
-      growth: [T] log growth of the perturbation.
-    """
-
-    loss: Any
-    grad_norm: Any
-    growth: Any
-
-
 class _Judged(NamedTuple):
     """A training run with the numbers that judge it.
 
@@ -166,7 +152,7 @@ class _Judged(NamedTuple):
       rate: the mean of `settled`; NaN if it is empty.
     """
 
-    steps: _Steps
+    steps: Steps
     outer: Any
     slopes: tuple[Any, Any]
     first_bad: int | None
@@ -175,7 +161,7 @@ class _Judged(NamedTuple):
     rate: float
 
 
-def _judged(steps: _Steps, outer: Any, slopes: tuple[Any, Any]) -> _Judged:
+def _judged(steps: Steps, outer: Any, slopes: tuple[Any, Any]) -> _Judged:
     bad = np.flatnonzero(~np.isfinite(steps.loss) | ~np.isfinite(steps.grad_norm))
     kept = steps.growth[: bad[0]] if bad.size else steps.growth
     settled = kept[len(kept) // 5 :]
@@ -209,99 +195,7 @@ def _lost(growth: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.isnan(growth) | np.isposinf(growth))
 
 
-def _has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: base.Task, key: jax.Array) -> bool:
-    """Whether JAX can differentiate the outer loss in reverse mode. Evolution strategies do not need this."""
-
-    def gradient(hyperparams):
-        state = problem.loop.init(key, hyperparams, task.train)
-        return _outer_loss(problem, hyperparams, task, state, key, with_slopes=True)
-
-    try:
-        jax.eval_shape(gradient, hyperparams)
-    except ValueError:  # of JAX, for a loop of unknown length or a callback
-        return False
-    return True
-
-
-def _perturbed_run(
-    problem: base.Problem,
-    hyperparams: base.HyperParams,
-    task: base.Task,
-    start_key: jax.Array,
-    noise_key: jax.Array,
-    num_steps: int,
-    with_slopes: bool,
-) -> tuple[_Steps, jax.Array, tuple[Any, Any]]:
-    """Trains once, with a perturbation of θ in forward mode.
-
-    Returns:
-      The numbers of each step; f at the end; and whether its gradients with respect to θ and λ are finite, which is
-      True without `with_slopes`.
-    """
-    loop = problem.loop
-    state = loop.init(start_key, hyperparams, task.train)
-    leaves, structure = jax.tree.flatten(state)
-    moves = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-    def join(floats, state):
-        floats = iter(floats)
-        return structure.unflatten(
-            [next(floats) if m else x for m, x in zip(moves, jax.tree.leaves(state), strict=True)]
-        )
-
-    def floats_of(state):
-        return [x for m, x in zip(moves, jax.tree.leaves(state), strict=True) if m]
-
-    # Only θ is perturbed; optimizer states follow. If each leaf of the state is replaced with its index, `loop.iterate`
-    # returns the indices of θ.
-    is_param = set(jax.tree.leaves(loop.iterate(structure.unflatten(list(range(len(leaves)))))))
-    noise = [
-        jax.random.normal(jax.random.fold_in(noise_key, i), x.shape, x.dtype) if i in is_param else jnp.zeros_like(x)
-        for i, x in enumerate(leaves)
-        if moves[i]
-    ]
-    noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
-
-    def step(carry, _):
-        state, delta = carry
-        context, batch = loop.context(state), loop.batch(state, task.train)
-        value, grads = jax.value_and_grad(loop.loss, has_aux=True)(loop.iterate(state), hyperparams, batch, context)
-
-        def advance(floats):
-            new = inner.step(loop, join(floats, state), hyperparams, task.train)
-            return floats_of(new), new
-
-        _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
-        # Divide by the largest entry first: the squares of Adam's second moments may overflow.
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(d), initial=0.0) for d in delta]))
-        delta = [d / jnp.where(largest > 0, largest, 1) for d in delta]
-        size = optax.tree.norm(delta)
-        delta = [d / jnp.where(size > 0, size, 1) for d in delta]
-        return (new, delta), _Steps(value[0], optax.tree.norm(grads), jnp.log(largest) + jnp.log(size))
-
-    (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
-    return steps, *_outer_loss(problem, hyperparams, task, state, start_key, with_slopes)
-
-
-def _outer_loss(problem, hyperparams, task, state, key, with_slopes: bool) -> tuple[jax.Array, tuple[Any, Any]]:
-    """f, and whether ∂f/∂θ and ∂f/∂λ are finite; True without `with_slopes`."""
-    batch, context = problem.outer_batch(key, task), problem.loop.context(state)
-
-    def outer_loss(params, hyperparams):
-        return problem.outer_loss(params, hyperparams, batch, context)
-
-    params = problem.loop.params(state)
-    if not with_slopes:
-        return outer_loss(params, hyperparams), (True, True)
-    outer, grads = jax.value_and_grad(outer_loss, (0, 1), allow_int=True)(params, hyperparams)
-    of_theta, of_lambda = (
-        jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if x.dtype != jax.dtypes.float0]))
-        for tree in grads
-    )
-    return outer, (of_theta, of_lambda)
-
-
-def _divergence(steps: _Steps, first: int, num_steps: int) -> Finding:
+def _divergence(steps: Steps, first: int, num_steps: int) -> Finding:
     """The finding of a run whose inner loss or gradient is not finite from step `first` on."""
     when = f"From step {first} of {num_steps} on" if first else "Before any step"
     if np.isfinite(steps.loss[first]):
