@@ -19,8 +19,8 @@ def direct(loss: Callable) -> base.Estimator:
     values of every step. With `jax.checkpoint(step)`, it stores only the states between the steps, and computes each
     step once more.
 
-    `loss` gets the task as it is. For a batch of tasks, such as that of `tasks.stack`, wrap the estimator in `over_tasks`.
-    Otherwise the loss gets the whole batch, and may mix its tasks without an error.
+    `loss` gets the task as it is. For a batch of tasks, such as that of `tasks.stack`, wrap the estimator in
+    `over_tasks`. Otherwise the loss gets the whole batch, and may mix its tasks without an error.
 
     `fit(space=...)` passes unconstrained coordinates to `loss`. Convert them to λ in its first line, by
     `spaces.to_constrained(space, z)`.
