@@ -117,3 +117,12 @@ def test_rows_of_fit_are_within_their_range(caplog):
     caplog.clear()
     encoder.transform(frame)
     assert "outside the range" not in caplog.text
+
+
+def test_the_rounding_of_float32_is_within_the_range(caplog):
+    encoder = tasks.fit_encoder({"a": [0.1, 0.2, 0.3] * 10})
+    caplog.clear()
+    encoder.transform({"a": np.full(20, np.float32(0.3))})  # larger than .3 as a float64
+    assert "outside the range" not in caplog.text
+    encoder.transform({"a": np.full(20, 0.301)})
+    assert "outside the range" in caplog.text
