@@ -30,7 +30,7 @@ def wrong_fixed(name: str, value: Any, expected: Any) -> str:
     A record's float may differ from that of the leaf by the rounding of float32, and a fixed value may be NaN. So `==`
     does not work for floats.
     """
-    value = np.asarray(value).item() if np.ndim(value) == 0 else value  # also of an array without axes
+    value = value.item() if getattr(value, "ndim", None) == 0 else value  # of an array without axes
     is_number = isinstance(value, numbers.Number)  # not a string or None
     rtol = 1e-6 if isinstance(expected, float) else 0.0
     if is_number and np.isclose(value, expected, rtol=rtol, atol=0.0, equal_nan=True):

@@ -310,7 +310,7 @@ def _add(budgets: _Budgets, study, space, record: base.Record) -> list[str]:
         within = spaces.configuration(space, spaces.from_configuration(space, searched))
         for name in sorted(record.configuration.keys() & within.keys() - distributions.keys()):
             value = record.configuration[name]
-            is_gap = value is None or (isinstance(value, float) and math.isnan(value))  # as in a row of a data frame
+            is_gap = value is None or (isinstance(value, float | np.floating) and math.isnan(value))  # in a data frame
             if not is_gap and (wrong := _misfits.wrong_fixed(name, value, within[name])):
                 return [wrong]
         trial = optuna.trial.create_trial(

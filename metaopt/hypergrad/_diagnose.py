@@ -16,7 +16,7 @@ MAX_LEAVES = 8  # of λ, each of which takes two more training runs at most
 FACTOR = 10.0  # how much a leaf of λ changes in such a run
 _NO_DERIVATIVE = (
     "Look for a function without a finite derivative: √x or a norm at 0, or a division in the unused branch of "
-    "`jnp.where`. Or the gradient is too large for its type."
+    "`jnp.where`. Or a number is too large for its type."
 )
 _MORE = " Hypergradients were not checked: pass `estimator`."
 
@@ -265,7 +265,7 @@ def _findings_of_loss(judged: _Judged, num_steps: int) -> list[Finding]:
         fault = f"The inner loss does not fall: {first:.4g} at first, {after:.4g} at the end."
         return [Finding(fault, f"The rate is too {direction} for this many steps.")]
     # Differences of the loss below this bound are rounding errors.
-    rounding = 100 * np.finfo(loss.dtype).eps * abs(first)
+    rounding = 100 * float(jnp.finfo(loss.dtype).eps) * abs(first)
     if num_steps >= 20 and before - after > max(0.05 * (first - after), rounding):
         return [
             Finding(

@@ -60,7 +60,8 @@ def perturbed_run(
         for i, x in enumerate(leaves)
         if moves[i]
     ]
-    noise = jax.tree.map(lambda n: n / optax.tree.norm(noise), noise)
+    norm = optax.tree.norm(noise)
+    noise = [(n / norm).astype(n.dtype) for n in noise]
 
     def step(carry, _):
         state, delta = carry
@@ -74,9 +75,9 @@ def perturbed_run(
         _, delta, new = jax.jvp(advance, (floats_of(state),), (delta,), has_aux=True)
         # Divide by the largest entry first: the squares of Adam's second moments may overflow.
         largest = jnp.max(jnp.stack([jnp.max(jnp.abs(d), initial=0.0) for d in delta]))
-        delta = [d / jnp.where(largest > 0, largest, 1) for d in delta]
+        delta = [d / jnp.where(largest > 0, largest, 1).astype(d.dtype) for d in delta]
         size = optax.tree.norm(delta)
-        delta = [d / jnp.where(size > 0, size, 1) for d in delta]
+        delta = [d / jnp.where(size > 0, size, 1).astype(d.dtype) for d in delta]
         return (new, delta), Steps(value[0], optax.tree.norm(grads), jnp.log(largest) + jnp.log(size))
 
     (state, _), steps = jax.lax.scan(step, (state, noise), length=num_steps)
@@ -110,6 +111,6 @@ def has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: bas
 
     try:
         jax.eval_shape(gradient, hyperparams)
-    except ValueError:  # of JAX, for a loop of unknown length or a callback
+    except (ValueError, NotImplementedError):  # of JAX, for a loop of unknown length, a callback, or a primitive
         return False
     return True

@@ -263,7 +263,8 @@ def _with_range(code: ColumnCode, values: np.ndarray) -> ColumnCode:
 
 def _warn_of_range(code: ColumnCode, values: np.ndarray) -> None:
     """Warns if most values of a column of numbers lie outside the range in the rows of `fit_encoder`."""
-    rounding = 1e-6 * max(abs(code.low), abs(code.high))  # of float32
+    largest = max(abs(code.low + code.offset), abs(code.high + code.offset))
+    rounding = float(np.finfo(np.float32).eps) / 2 * largest
     outside = np.flatnonzero((values < code.low - rounding) | (values > code.high + rounding))  # a gap is neither
     num_known = int((~np.isnan(values)).sum())
     if len(outside) > max(_FEW_OUTSIDE, num_known / 2):

@@ -176,7 +176,7 @@ def test_tpe_ignores_records_with_another_fixed_value(caplog):
         {"x": 0.5, "three": 4},
         {"x": 0.6, "three": np.array(3), "tiny": 0.1 + 1e-9},
         {"x": 0.7},
-        {"x": 0.8, "three": math.nan, "tiny": None},
+        {"x": 0.8, "three": np.float32("nan"), "tiny": None},
     ]
     state = searcher.tell(state, [Record("a", c, 0.1, trial=7 + i) for i, c in enumerate(given)])
     assert [trial.params["x"] for trial in state.study.trials] == [0.6, 0.7, 0.8]

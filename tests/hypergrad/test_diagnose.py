@@ -81,6 +81,18 @@ def test_squares_that_overflow_are_no_finding(optimizer):
     assert np.isfinite(diagnosis.growth) and "derivative" not in words(diagnosis)
 
 
+@pytest.mark.parametrize("dtypes", [(jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)])
+def test_parameters_may_have_16_bits_and_different_types(dtypes):
+    loop = inner.loop(
+        lambda params, hp, batch: sum((x**2).sum() for x in params),
+        lambda hp: optax.adam(0.1, mu_dtype=jnp.float32),
+        init=lambda key, hp, data: tuple(jnp.ones(3, dtype) for dtype in dtypes),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: sum((x**2).sum() for x in params) + hp)
+    diagnosis = hypergrad.diagnose(problem, jnp.float32(0.0), problems.TASK, num_steps=20)
+    assert np.isfinite(np.float32(diagnosis.growth)) and "not finite" not in words(diagnosis)
+
+
 def test_a_gradient_without_a_finite_derivative_is_found():
     loop = inner.loop(
         lambda params, hp, batch: (jnp.abs(params) ** 1.5).sum(),

@@ -126,3 +126,8 @@ def test_the_rounding_of_float32_is_within_the_range(caplog):
     assert "outside the range" not in caplog.text
     encoder.transform({"a": np.full(20, 0.301)})
     assert "outside the range" in caplog.text
+    frame = {"a": 1e9 + np.random.default_rng(0).uniform(0, 1, 200)}  # an offset is subtracted
+    encoder = tasks.fit_encoder(frame)
+    caplog.clear()
+    encoder.transform({"a": frame["a"].astype(np.float32)})
+    assert "outside the range" not in caplog.text
