@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -65,6 +66,26 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
+def checked_key(key: Any, name: str = "key") -> jax.Array:
+    """Checks a random key.
+
+    Args:
+      key: a key of `jax.random.key`, or an array of uint32 as `jax.random.PRNGKey` returns it.
+      name: the argument's name in the error message.
+
+    Returns:
+      The key.
+
+    Raises:
+      ValueError: if `key` is not such an array; a seed, for example, is not.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
+        seed = key if isinstance(key, int) and not isinstance(key, bool) else 0
+        raise ValueError(f"`{name}` must be a random key, such as `jax.random.key({seed})`; got {key!r}.")
+    return key
+
+
 def is_finite(x: np.ndarray) -> np.ndarray:
     """Returns which entries are finite in the type that JAX gives them: float32 instead of float64, by default.
 
@@ -110,6 +131,28 @@ def explained_schedules(name: str) -> Iterator[None]:
             f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
             f"the hyperparameter, so it has no value. {SCHEDULES} In your own code "
             f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextlib.contextmanager
+def explained_tasks() -> Iterator[None]:
+    """Explains Python's error if a rule reads the field of a task that is a dict.
+
+    Returns:
+      A context manager for calls of the rule. Some rules (`hypergrad.direct`) take any task, so the type is not checked
+      before.
+
+    Raises:
+      ValueError: if the calls read `train`, `valid` or `features` of a mapping.
+    """
+    try:
+        yield
+    except AttributeError as error:
+        if error.name not in base.Task._fields or not isinstance(error.obj, Mapping):
+            raise
+        raise ValueError(
+            f"A task must be a `base.Task(train=..., valid=...)`; got a {type(error.obj).__name__} with the keys "
+            f"{list(error.obj)}. If they are those of a `Task`, pass `base.Task(**task)`."
         ) from error
 
 
@@ -232,6 +275,30 @@ def has_unchecked_labels(tasks: base.PyTree) -> bool:
     return any(is_integer(y) and _is_readable(y) for y in labels)
 
 
+_LARGEST_SCALED = 2  # of images without negative values; standardized images have negative values
+
+
+def warn_of_unscaled_images(name: str, x: Any) -> None:
+    """Warns if images have values that nobody has scaled, such as pixels from 0 to 255.
+
+    Traced arrays are not checked. Neither are arrays of which other processes hold a part.
+
+    Args:
+      name: the name of the images in the warning.
+      x: [N, height, width, ...]. Values with fewer axes pass, and so do trees.
+    """
+    if not isinstance(x, np.ndarray | jax.Array) or not _is_readable(x) or x.ndim < 3 or not x.size:
+        return
+    x = np.asarray(x)  # while JAX traces, it would also trace `x.min()` of its own arrays
+    low, high = float(x.min()), float(x.max())
+    if low >= 0 and high > _LARGEST_SCALED:
+        warnings.warn(
+            f"{name} has values from {low:g} to {high:g}. If these are images, a network usually learns better from "
+            "values from 0 to 1. Divide by the largest possible value, such as 255, unless your code does so later.",
+            stacklevel=4,  # the caller of a sampler's factory
+        )
+
+
 def _parts_with_labels(tasks: base.PyTree, *, with_classes: bool) -> list[tuple[Any, Mapping[str, Any]]]:
     """The mappings with "y" inside a tree that have a "class_mask", or those that have none, with their paths."""
     is_part = lambda x: isinstance(x, Mapping) and "y" in x and ("class_mask" in x) == with_classes
@@ -284,8 +351,8 @@ def useless_solves(metrics: Mapping[str, Any]) -> list[str]:
     """Finds implicit rules whose linear solve left a residual that is larger than that of no solve.
 
     The solve A v = b starts with the residual ‖b‖ at v = 0. A larger residual has two possible reasons. If A is not
-    positive definite, v may be useless: in a network with BatchNorm, a residual of 2.9 ‖b‖ gave a wrong sign. If A is
-    positive definite but badly conditioned, conjugate gradients that stop early may leave several times ‖b‖ with a
+    positive definite, as in a network with BatchNorm, v may be useless, and the sign may be wrong. If A is positive
+    definite but badly conditioned, conjugate gradients that stop early may leave several times ‖b‖ with a
     good v. The residual does not tell which. So the limit is 1.1 ‖b‖, and the sentence names both reasons.
 
     Args:

@@ -1,18 +1,19 @@
 """The command `metaopt`: models for CSV files, and a check of this machine.
 
-Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 3 `doctor` found a wrong gradient.
+Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 3 `doctor` found a wrong gradient,
+4 `predict --strict` found warnings about the data.
 """
 
 import argparse
-import contextlib
 import csv
-import logging
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+from metaopt import _logs
 
 _EXAMPLES = """examples:
   metaopt fit train.csv --target price --time 60 --out model.npz
@@ -22,8 +23,10 @@ _EXAMPLES = """examples:
   metaopt leaderboard model.npz
   metaopt doctor
 
-exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor)
+exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor), 4 warnings (predict --strict)
 """
+
+_ENCODER_LOG = "metaopt.tasks"  # its warnings are about the columns of a table
 
 _MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
 
@@ -80,9 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         help="kinds of models, such as: linear lightgbm (default: all of the preset)",
     )
     fit.add_argument(
-        "--groups", help="a column of groups, such as patients; rows of one group are never split between folds"
+        "--groups",
+        help="a column of groups, such as patients; rows of one group are never split between folds; the column is not "
+        "a feature",
     )
-    fit.add_argument("--order", help="a column of times: models are validated on later rows")
+    fit.add_argument(
+        "--order", help="a column of times: models are validated on later rows; the column is not a feature"
+    )
     fit.add_argument(
         "--drop",
         nargs="+",
@@ -103,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="also write, for each row, an interval (lower, upper) or a set of labels that contains the true value "
         "with this probability, such as 0.9",
+    )
+    predict.add_argument(
+        "--strict",
+        action="store_true",
+        help="if there are warnings about the columns of the file, write no predictions and exit with code 4",
     )
     predict.set_defaults(run=_predict)
 
@@ -177,8 +189,14 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_out(options.out, options.data, options.model)
     frame = _read_rows(options.data, model)
-    result = pandas.DataFrame({"prediction": model.predict(frame)})
-    with _without_notes():  # `predict` has logged them
+    with _logs.hold_back(_ENCODER_LOG) as messages:
+        result = pandas.DataFrame({"prediction": model.predict(frame)})
+    for message in messages:
+        print(message, file=sys.stderr)
+    if options.strict and messages:
+        print("metaopt: no predictions are written, because `--strict` does not allow warnings.", file=sys.stderr)
+        return 4
+    with _logs.hold_back(_ENCODER_LOG):  # `predict` has logged the same warnings
         if hasattr(model, "predict_proba"):
             for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
                 result[f"probability of {label}"] = column
@@ -224,7 +242,7 @@ def _print_importance(model: Any, rows: Any, target: Any) -> None:
     is_classifier = hasattr(model, "classes_")
     # Labels of the type of `classes_`: those of a file with gaps have another type.
     labels = model.classes_[model._target_codes(target.to_numpy())] if is_classifier else target
-    with _without_notes():  # `evaluate` has logged them
+    with _logs.hold_back(_ENCODER_LOG):  # `evaluate` has logged the same warnings
         table = model.importance(rows, labels)
     score = "accuracy" if is_classifier else "R²"
     print(
@@ -422,7 +440,7 @@ def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
 
     if target.dtype.kind in "biuf":
         return target, None
-    with _without_notes():
+    with _logs.hold_back(_ENCODER_LOG):  # `_print_a_reading` prints how texts are read
         encoder = encoder or tasks.fit_encoder({"target": target}, keep=("target",))
         if [code.kind for code in encoder.columns] != ["number"]:
             return target, None
@@ -450,18 +468,6 @@ def _print_a_reading(target: Any, values: Sequence[float], encoder: Any) -> None
     _, hint, remedy = next((n.reason.partition("if this is wrong, ") for n in encoder.notes), ("", "", ""))
     unsure = f" If this is wrong, {remedy.partition(')')[0]}." if hint else ""
     print(f"The target {target.name!r} is text; {text!r} is read as {value:.10g}.{unsure}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _without_notes() -> Iterator[None]:
-    """Hides the encoder's log lines about columns, for example because another call has already logged them."""
-    logger = logging.getLogger("metaopt.tasks")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _problem(target: Any) -> str:

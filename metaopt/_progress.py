@@ -35,8 +35,10 @@ class Report:
         start: float,
         fields: dict,
         time_limit: float | None = None,
+        time_left: bool = True,
     ):
         self.time_limit = math.inf if time_limit is None else time_limit
+        self.time_left = time_left
         self.display, self.total, self.unit, self.text, self.fields = display, total, unit, text, fields
         self.completed, self.began = start, display.clock()
         self.first: tuple[float, float] | None = None  # when the first step ended; compilations come before that
@@ -83,7 +85,7 @@ class Report:
             if self.total is not None and self.first is not None and self.first[1] < self.completed < self.total:
                 pace = (now - self.first[0]) / (self.completed - self.first[1])
                 left = min(pace * (self.total - self.completed), max(0.0, self.time_limit - (now - self.began)))
-                parts.append(f"about {_duration(left)} left" if left else "")
+                parts.append(f"about {_duration(left)} left" if left and self.time_left else "")
         return ", ".join(part for part in parts if part)
 
 
@@ -166,6 +168,7 @@ def report_progress(
     unit: str = "step",
     start: float = 0,
     time_limit: float | None = None,
+    time_left: bool = True,
     display: Display = DISPLAY,
     **fields: Any,
 ) -> Iterator[Report]:
@@ -182,6 +185,7 @@ def report_progress(
       start: the number of steps of an earlier, interrupted run.
       time_limit: the seconds after which the loop will end, for the estimate of the remaining time. The loop itself
         must end.
+      time_left: whether to estimate the remaining time. False suits steps that take very different times.
       display: all reports of a process share one display; tests have their own.
       **fields: initial values for the fields of `text`. If one of them is NaN, the text is left out until the first
         call of `report`.
@@ -190,7 +194,7 @@ def report_progress(
       A context manager, whose value is a function `report(completed, **fields)`. Call it after every step with the
       number of completed steps, and with values for the fields of `text`.
     """
-    report = Report(display, total, unit, text, start, fields, time_limit)
+    report = Report(display, total, unit, text, start, fields, time_limit, time_left)
     if show is False:
         yield report
         return
@@ -232,13 +236,18 @@ def _bars() -> Any:
     """A display of bars if standard error is a terminal or notebook, else None."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        def render(self, task):
+            return super().render(task) if task.fields["report"].time_left else Text("")
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
         return None
     text = TextColumn("{task.fields[report]}", markup=False)  # formats the report again whenever it is drawn
     to_terminal = console.is_jupyter or sys.stdout.isatty()  # else rich would send a redirected stdout there, too
-    columns = BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn()
+    columns = BarColumn(), MofNCompleteColumn(), text, TimeLeft()
     return Progress(*columns, console=console, redirect_stdout=to_terminal)
 
 

@@ -141,6 +141,8 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
         with pytest.raises(Stop):
             chosen[name](split, 0, args)
     assert limits == [60.0, 240.0, 60.0]
+    args.instant, args.ablations = False, True
+    assert {"metaopt", "metaopt, 240 s", "metaopt without g"} < set(tables.methods(args))
 
 
 def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_method(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The command `metaopt`."""
 
 import importlib.metadata
+import logging
 import os
 import runpy
 import subprocess
@@ -25,7 +26,7 @@ def files(tmp_path_factory):
     return folder, frame.iloc[1::2]["target"].to_numpy()
 
 
-def test_fit_predict_and_leaderboard(files, capsys, caplog):
+def test_fit_predict_and_leaderboard(files, capsys):
     folder, truth = files
     model = str(folder / "model.npz")
     train = [str(folder / "train.csv"), "--target", "target", "--out", model]
@@ -39,8 +40,8 @@ def test_fit_predict_and_leaderboard(files, capsys, caplog):
     texts = pd.read_csv(folder / "new.csv")
     texts.assign(**{"sepal length (cm)": [f"about {k}" for k in range(len(texts))]}).to_csv(folder / "texts.csv")
     assert _cli.main(["predict", model, str(folder / "texts.csv"), "--out", str(out)]) == 0
-    assert caplog.text.count("'sepal length (cm)' has") == 1  # once, though `predict` and `predict_proba` both see it
-    capsys.readouterr()
+    # once, though `predict` and `predict_proba` both see it
+    assert capsys.readouterr().err.count("'sepal length (cm)' has") == 1
     assert _cli.main(["leaderboard", model]) == 0
     assert capsys.readouterr().out.split()[:5] == ["model", "score", "weight", "fit_seconds", "predict_seconds"]
 
@@ -80,6 +81,15 @@ def test_help_shows_examples(capsys):
     out = capsys.readouterr().out
     assert end.value.code == 0 and "metaopt fit train.csv --target price" in out
     assert "metaopt score model.npz labeled.csv --groups patient --importance" in out
+
+
+def test_help_states_which_columns_are_not_features(capsys):
+    with pytest.raises(SystemExit):
+        _cli.main(["fit", "--help"])
+    options = " ".join(capsys.readouterr().out.split()).partition(" --target ")[2]
+    for option, following in (("groups", "order"), ("order", "drop")):
+        text = options.partition(f" --{option} ")[2].partition(f" --{following} ")[0]
+        assert text.endswith("; the column is not a feature")
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["leaderboard", "missing.npz"], 1), (["fit"], 2)])
@@ -178,6 +188,23 @@ def test_new_files_may_have_other_columns_and_another_order(shop, capsys):
     new[["code", "x"]].head(0).to_csv(folder / "new.csv", index=False)
     assert _run("predict", folder / "model.npz", folder / "new.csv") == 1
     assert "new.csv has no rows below its header." in capsys.readouterr().err
+
+
+def test_with_strict_a_file_with_warnings_gives_code_4_and_no_predictions(shop, capsys, caplog):
+    folder, frame = shop
+    out, far = folder / "strict.csv", folder / "far.csv"
+    frame.to_csv(folder / "near.csv", index=False)
+    frame.assign(x=1e3 * frame["x"] + 9).to_csv(far, index=False)
+    caplog.set_level(logging.ERROR, "metaopt.tasks")  # the code does not depend on the level
+    predict = "predict", folder / "model.npz"
+    assert _run(*predict, folder / "near.csv", "--strict", "--out", out) == 0
+    before = out.read_bytes()
+    assert _run(*predict, far, "--strict", "--out", out) == 4 and out.read_bytes() == before
+    warning, end = capsys.readouterr().err.splitlines()
+    assert warning.startswith("the column 'x' has ") and end.startswith("metaopt: no predictions are written, because")
+    assert _run(*predict, far, "--strict") == 4 and capsys.readouterr().out == ""
+    assert _run(*predict, far, "--out", out) == 0 and out.read_bytes() != before
+    assert capsys.readouterr().err.splitlines() == [warning]
 
 
 def test_the_delimiter_of_a_file_with_one_row_is_that_of_its_header(shop, capsys):

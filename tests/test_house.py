@@ -31,6 +31,7 @@ LEVELS = [
         "_files",
         "_heads",
         "_locks",
+        "_logs",
         "_pareto",
         "_permutations",
         "_progress",

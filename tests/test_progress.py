@@ -91,6 +91,14 @@ def test_the_time_left_is_at_most_that_of_the_limit(log):
     ]
 
 
+def test_a_report_of_unequal_steps_does_not_estimate_the_time_left(log):
+    with log.report(time_left=False) as report:
+        report(1, value=1)
+        report(2, value=1)
+        log.wait(8)
+    assert log.lines()[0] == "step 2/20, value 1, 8 s"
+
+
 @pytest.mark.parametrize(("show", "expected"), [(None, []), (False, []), (True, ["step 8/20, value 3, 7 s"])])
 def test_a_short_run_has_no_line_unless_it_is_asked_for(log, show, expected):
     with log.report(show=show) as report:

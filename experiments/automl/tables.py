@@ -250,7 +250,7 @@ def methods(args) -> dict[str, Callable]:
         "metaopt": auto,
     }
     if args.ablations:
-        return {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
+        chosen = {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.instant:
         del chosen["metaopt"]
     if args.longer is not None:

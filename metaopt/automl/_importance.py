@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _progress
+from metaopt import _logs, _progress
 
 
 def permutation_importance(
@@ -56,7 +56,8 @@ def permutation_importance(
             for i in range(n_repeats):
                 random.shuffle(order)
                 shuffled = _with_shuffled(shuffled, column, order)
-                falls[place, i] = baseline - scorer(estimator, shuffled, y)
+                with _logs.hold_back("metaopt.tasks"):  # a shuffled column has the warnings that `baseline` has logged
+                    falls[place, i] = baseline - scorer(estimator, shuffled, y)
                 report(done * n_repeats + i + 1, column=names[place])
     return falls.mean(axis=1), falls.std(axis=1)
 

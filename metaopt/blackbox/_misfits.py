@@ -20,7 +20,7 @@ def misfit(space: base.PyTree, configuration: Mapping[str, Any]) -> str:
     try:
         spaces.from_configuration(space, configuration)
     except ValueError as error:
-        return str(error).partition(" Use `from_configuration(")[0]  # its advice does not apply to a record
+        return str(error)  # without its note, whose advice does not apply to a record
     return ""
 
 

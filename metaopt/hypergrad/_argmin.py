@@ -45,6 +45,9 @@ def argmin(
     Returns:
       `(params, hyperparams, data) -> params`, a function that maps a start to the minimum.
 
+    Raises:
+      ValueError: if `solver` is not a function, or a factory such as `hypergrad.cg` that was not called.
+
     Source: Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
 
     >>> import jax
@@ -55,7 +58,7 @@ def argmin(
     0.5000 -0.2500
     """
     find = minimize or (lambda fn, params: _lbfgs(fn, params, num_steps, tol))
-    linear_solver = solver or _solvers.cg(num_steps=100, tol=min(1e-6, tol))
+    linear_solver = _solvers.checked(solver or _solvers.cg(num_steps=100, tol=min(1e-6, tol)))
 
     def solve(params, hyperparams, data=None):
         def objective(params):

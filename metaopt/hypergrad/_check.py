@@ -155,8 +155,9 @@ def evaluated(
     rtol: float,
 ) -> Point:
     """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
-    key = jax.random.key(0) if key is None else key
-    state = estimator.init(key, hyperparams, task)
+    key = jax.random.key(0) if key is None else _checks.checked_key(key)
+    with _checks.explained_tasks():
+        state = estimator.init(key, hyperparams, task)
     metrics = (
         {} if estimator.kind == "exact" else jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].metrics
     )

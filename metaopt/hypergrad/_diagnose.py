@@ -102,20 +102,21 @@ def diagnose(
       finding.
 
     Raises:
-      ValueError: if `num_steps < 2`, if λ does not fit `space`, or the task has labels outside its classes.
+      ValueError: if `num_steps < 2`, `key` is not a random key, λ does not fit `space`, or the task is a dict or has
+        labels outside its classes.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
     _checks.check_integer("num_steps", num_steps, 2)  # the loss of one step cannot fall
     _checks.check_task_labels("task", task)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else _checks.checked_key(key)
     start_key, noise_key, estimator_key = jax.random.split(key, 3)
 
     def perturbed(hyperparams):
         return perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps, with_slopes)
 
     with report_progress(1 + (estimator is not None), None, unit="part") as report:
-        with report.compiling("the training run with a perturbation"):
+        with report.compiling("the training run with a perturbation"), _checks.explained_tasks():
             with_slopes = has_gradient(problem, hyperparams, task, start_key)
             compiled = jax.jit(perturbed).lower(hyperparams).compile()
         run = lambda hyperparams: _judged(*jax.tree.map(np.asarray, compiled(hyperparams)))
@@ -326,13 +327,17 @@ def _no_remedy(num_positive: int, tried: list[str]) -> Finding:
 
 
 def _is_positive(leaf: Any) -> bool:
-    leaf = np.asarray(leaf)
-    return bool(leaf.size) and jnp.issubdtype(leaf.dtype, jnp.floating) and bool((leaf > 0).all())
+    return _is_float(leaf) and bool(jnp.size(leaf)) and bool((np.asarray(leaf) > 0).all())
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def _like(tree: base.PyTree, reference: base.PyTree) -> base.PyTree:
     """`tree` with the types of the leaves of `reference`, as a compiled program needs them."""
-    return jax.tree.map(lambda x, like: np.asarray(x, jnp.result_type(like)), tree, reference)
+    cast = lambda x, like: np.asarray(x, jnp.result_type(like)) if _is_float(like) else like  # such as a PRNG key
+    return jax.tree.map(cast, tree, reference)
 
 
 def _findings_of_bounds(space: base.PyTree, hyperparams: base.HyperParams) -> list[Finding]:

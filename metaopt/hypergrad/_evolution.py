@@ -192,6 +192,10 @@ def evolution(
     worst. `over_tasks` then excludes that task, counts it and ends its slot. The rule works under jit and vmap; it is
     not meant to be differentiated.
 
+    If λ has 16 bits, keep σ above the spacing of λ, 0.0078 |λ| for bfloat16. Otherwise λ + σε is rounded to λ, and the
+    estimate is wrong. The rule checks this only for |λ| = 1, since a compiled program cannot raise for a value of λ.
+    Use float32 for a λ that may become large.
+
     Args:
       problem: any problem; λ may enter the initialization, the inner loss, the optimizer and the outer loss.
       num_steps: T, at least 1 (0 is allowed with `outer="last"`).

@@ -1,5 +1,6 @@
 """One training run that carries a random perturbation of θ, for `diagnose`."""
 
+import traceback
 from typing import Any, NamedTuple
 
 import jax
@@ -103,14 +104,24 @@ def _outer_loss(problem, hyperparams, task, state, key, with_slopes: bool) -> tu
 
 
 def has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: base.Task, key: jax.Array) -> bool:
-    """Whether JAX can differentiate the outer loss in reverse mode. Evolution strategies do not need this."""
+    """Whether JAX can differentiate the outer loss in reverse mode. Evolution strategies do not need this.
+
+    An error inside the caller's own derivative rule (`jax.custom_vjp`) is raised.
+    """
+    has_derivative = True
 
     def gradient(hyperparams):
+        nonlocal has_derivative
         state = problem.loop.init(key, hyperparams, task.train)
-        return _outer_loss(problem, hyperparams, task, state, key, with_slopes=True)
+        try:
+            _outer_loss(problem, hyperparams, task, state, key, with_slopes=True)
+        except (ValueError, NotImplementedError) as error:
+            # JAX raises such errors for a loop of unknown length, a callback, or a primitive. They are caught within
+            # `eval_shape`, which removes JAX's frames from the traceback.
+            *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+            if innermost.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "metaopt"):
+                raise
+            has_derivative = False
 
-    try:
-        jax.eval_shape(gradient, hyperparams)
-    except (ValueError, NotImplementedError):  # of JAX, for a loop of unknown length, a callback, or a primitive
-        return False
-    return True
+    jax.eval_shape(gradient, hyperparams)
+    return has_derivative

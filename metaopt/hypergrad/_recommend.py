@@ -119,7 +119,8 @@ def _measured(rules: Mapping[str, base.Estimator], args: tuple, training: float)
     """Memory and operations of each rule; `training` is the number of operations of plain training."""
     key = jax.random.key(0)
     costs, lowered = {}, {}
-    with report_progress(len(rules), None, "{rule}", unit="rule", rule="") as report:
+    # The rules take very different times to compile.
+    with report_progress(len(rules), None, "{rule}", unit="rule", time_left=False, rule="") as report:
         for name, rule in rules.items():
             try:
                 with report.during(f"tracing {name}", compiles=True):
@@ -136,10 +137,11 @@ def _measured(rules: Mapping[str, base.Estimator], args: tuple, training: float)
         with ThreadPoolExecutor() as pool:  # the compiler releases Python's lock
             every = zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True)
             for number, (name, compiled) in enumerate(every, start=1):
-                report(refused + number, rule=f"compiled {name}")
                 stats = compiled.memory_analysis()
                 if stats:  # some backends report none
                     costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
+                cost = costs[name]
+                report(refused + number, rule=f"{name}: {cost.memory:.2f} MiB, {cost.flops:.2f} FLOPs / training")
     return costs
 
 
@@ -157,9 +159,10 @@ def recommend(
     Each applicable rule is compiled for the current backend, several at a time, and nothing is run. One compilation
     takes seconds. The memory is the compiler's own figure; `flops` counts the operations.
 
-    Among the rules that fit, the function recommends the exact rule with the fewest operations. If no exact rule fits,
-    it recommends the first biased rule in the order of `rules`, since the size of a bias cannot be counted. Unbiased
-    rules come after the biased ones, since their variance is not measured.
+    Among the rules that fit, the function recommends the exact rule with the fewest operations. Without `max_memory`,
+    this is often the rule that stores the most, since others recompute values to save memory. `why` states its memory.
+    If no exact rule fits, it recommends the first biased rule in the order of `rules`, since the size of a bias cannot
+    be counted. Unbiased rules come after the biased ones, since their variance is not measured.
 
     Args:
       problem: the problem to tune.
@@ -169,7 +172,7 @@ def recommend(
       rules: name -> estimator. By default, the rules of `metaopt.hypergrad` for one task, except `partition`, `direct`
         and `reptile`; `forward` only up to 100 hyperparameters. Rules that are exact in a limit come before
         short-sighted ones.
-      max_memory: the limit on the temporary memory of one estimate, in MiB; unlimited by default.
+      max_memory: the limit on the temporary memory of one estimate, in MiB. None, the default, ignores the memory.
 
     Returns:
       A `Recommendation`. `print` shows it as a table. `take` is the name of the recommended rule, `why` the reason in
@@ -188,7 +191,8 @@ def recommend(
         batch = problem.outer_batch(key, task)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-    training = _flops.flops(plain, hyperparams, task)
+    with _checks.explained_tasks():
+        training = _flops.flops(plain, hyperparams, task)
     rules = candidates(problem, hyperparams, num_steps) if rules is None else rules
     costs = list(_measured(rules, (hyperparams, task), training).values())
     fitting = [c for c in costs if not c.refused and (max_memory is None or not c.memory > max_memory)]
@@ -203,4 +207,6 @@ def recommend(
     why += f"it is the {'cheapest' if best.kind == 'exact' else 'first'} {best.kind} one."
     if best.kind != "exact":
         why += " No exact rule can." if max_memory is None else " No exact rule fits: allow more memory to have one."
+    elif max_memory is None and not math.isnan(best.memory):
+        why += f" It takes {best.memory:.3g} MiB of temporary memory. For a rule that takes less, pass `max_memory`."
     return Recommendation(costs, best.name, why)

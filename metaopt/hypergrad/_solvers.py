@@ -288,3 +288,20 @@ def lineax(solver: Any, *, tags: Any = ()) -> Solver:
         return v, solution.stats.get("num_steps", size)
 
     return solve
+
+
+def checked(solver: Solver) -> Solver:
+    """Returns a solver.
+
+    Raises:
+      ValueError: if it is not a function, or one of this room's factories instead of its result.
+    """
+    factories = {"bicgstab": bicgstab, "cg": cg, "dense": dense, "gmres": gmres, "lineax": lineax, "neumann": neumann}
+    for name, factory in (factories | {"nystrom": nystrom}).items():
+        if solver is factory:
+            raise ValueError(
+                f"`solver` must be the result of `hypergrad.{name}(...)`, not the function itself: call it."
+            )
+    if not callable(solver):
+        raise ValueError(f"`solver` must be a function, such as `hypergrad.cg(num_steps=20)`; got {solver!r}.")
+    return solver

@@ -28,7 +28,7 @@ def check(num_steps: int, damping: float, batch: Any, condition: str) -> None:
 
 def default_solver(solver: _solvers.Solver | None, condition: str) -> _solvers.Solver:
     if solver is not None:
-        return solver
+        return _solvers.checked(solver)
     return _solvers.cg() if condition == "gradient" else _solvers.neumann(num_steps=20, rate=1.0)
 
 

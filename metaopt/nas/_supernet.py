@@ -245,9 +245,28 @@ def _inherit(net: _Net, params: base.Params, genotype: Genotype) -> base.Params:
 
 def _as_rows(in_shape: tuple[int, ...], x: Any) -> jax.Array:
     """Returns the inputs in floating point. Raises ValueError if they have another shape than the network's."""
-    if np.shape(x)[1:] != in_shape:
-        raise ValueError(f"`x` must have the shape (N, {', '.join(map(str, in_shape))}); got {np.shape(x)}.")
+    check_shape("x", x, in_shape)
     return jnp.asarray(x, jnp.result_type(x, float))
+
+
+def check_shape(name: str, x: Any, in_shape: tuple[int, ...]) -> None:
+    """Raises ValueError if `x` is not [N, *in_shape].
+
+    Args:
+      name: the name of `x` in the error message.
+      x: the inputs.
+      in_shape: the shape of one input.
+    """
+    shape, advice = np.shape(x), ""
+    if shape and shape[1:] == in_shape:
+        return
+    if shape == in_shape:
+        advice = f" For one input, use `{name}[None]`."
+    elif (*shape[1:], 1) == in_shape:
+        advice = f" Add an axis for the channel, `{name}[..., None]`."
+    elif shape[2:] == in_shape:
+        advice = " For a batch of tasks, use `hypergrad.over_tasks`."
+    raise ValueError(f"`{name}` must have the shape (N, {', '.join(map(str, in_shape))}); got {shape}.{advice}")
 
 
 def _over_rows(in_shape: tuple[int, ...], fn: Callable) -> Callable:

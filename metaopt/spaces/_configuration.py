@@ -108,11 +108,13 @@ def from_configuration(
         values.append(value)
     _check_names(names)
     if unknown and strict:
-        raise ValueError(
+        error = ValueError(
             f"The space has no {', '.join(f'`{name}`' for name in unknown)}; it has "
-            f"{', '.join(f'`{name}`' for name in names)}. "
-            "Use `from_configuration(strict=False)` to ignore the others."
+            f"{', '.join(f'`{name}`' for name in names)}."
         )
+        # This is a note, because a searcher shows only the error: it ignores other names in its records.
+        error.add_note("Use `from_configuration(strict=False)` to ignore the others.")
+        raise error
     hyperparams = treedef.unflatten(values)
     if gaps and strict and (lacking := [name for name in _configuration(space, hyperparams) if name in gaps]):
         raise ValueError(f"The configuration's `{lacking[0]}` is active, and must have a value; got nan.")

@@ -46,8 +46,8 @@ def episodes(
       disjoint_groups: if False, all examples of a class are equally likely in both sets. The published results on
         Omniglot do this and ignore the drawers.
       weights: a weight for each source, proportional to its probability; 0 means never. None draws sources uniformly.
-      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs. By default, bytes become floats in [0, 1], and all
-        other types become float32.
+      preprocess: `[rows, ...] -> [rows, ...]`, examples to inputs. By default, bytes become floats in [0, 1]. All
+        other types become float32 with the same values, and a warning names images with values above 2.
 
     Returns:
       `key -> Episode`, pure, on the device, without a derivative. The support set has N K rows and the query set N Q,
@@ -65,7 +65,7 @@ def episodes(
     >>> episode.support["x"].shape, episode.query["y"].shape
     ((6, 4, 4), (12,))
     """
-    sources = _episodes.as_list(sources)
+    sources = _episodes.as_list(sources, preprocess)
     for source in sources:
         needed = f"{num_shots} support and {num_query} query examples"
         _pool.check_classes(source, num_ways, num_shots + num_query, needed)
@@ -156,7 +156,7 @@ def meta_dataset_episodes(
     bounds += [("max_query", max_query, 1), ("max_support_per_class", max_support_per_class, 1)]
     for name, value, least in bounds:
         _checks.check_integer(name, value, least)
-    sources = _episodes.as_list(sources)
+    sources = _episodes.as_list(sources, preprocess)
     nodes = [_nodes(source, min_ways, hierarchy) for source in sources]
     takes_all = jnp.asarray([hierarchy and source.ontology is not None for source in sources])
     support_groups = [_pool.support_groups(source, 1, 1, disjoint_groups) for source in sources]

@@ -23,7 +23,7 @@ from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
     date_in_microseconds,
-    has_dots,
+    have_dots,
     level_order,
     looks_like_id,
     number,
@@ -101,6 +101,7 @@ class ColumnCode(NamedTuple):
       sign: the sign or code of a currency or "%" that each text has next to its number; "" if there is none.
       share_missing: the share of the rows of `fit_encoder` whose value is missing; 1 if it is not known.
       low, high: the smallest and the largest number in the rows of `fit_encoder`.
+      unit: "days" if the numbers were durations, "hours" if they were times of day, otherwise "".
     """
 
     name: str
@@ -114,6 +115,7 @@ class ColumnCode(NamedTuple):
     share_missing: float = 1.0
     low: float = -FLOAT32_MAX
     high: float = FLOAT32_MAX
+    unit: str = ""
 
 
 class Fit(NamedTuple):
@@ -156,7 +158,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
     if raw.kind == "category" or (raw.kind == "text" and not reading):
         return _fit_category(ColumnCode(name, source, "category"), raw)
     kind = "boolean" if raw.kind == "boolean" else "number"
-    return _fit_number(ColumnCode(name, source, kind, reading, sign=sign), raw, changes, keep)
+    return _fit_number(ColumnCode(name, source, kind, reading, sign=sign, unit=raw.unit), raw, changes, keep)
 
 
 def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
@@ -182,7 +184,7 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
         other = codes.get(OTHER, np.nan)
         unread = _unseen_levels(texts.tolist(), code.levels)
         return _lookup(texts, lambda text: codes.get(text, other))[:, None], unread
-    is_missing = _is_missing(raw)
+    is_missing = raw.is_missing
     if code.kind == "time":
         times = _times(code, raw)
         lost = np.isnat(times) & ~is_missing
@@ -397,7 +399,7 @@ def _texts(raw: RawColumn) -> np.ndarray:
         texts = np.array([as_text(value) for value in distinct.tolist()], object)[index]
     else:
         texts = np.array([as_text(value) for value in values.tolist()], object)
-    texts[_is_missing(raw)] = None
+    texts[raw.is_missing] = None
     return texts
 
 
@@ -427,7 +429,7 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
         if reading == "multiples" and num_read < num_rows:
             continue
         # If both orders are possible, the day is first if all dates have dots, and otherwise the month.
-        if num_read > most or (num_read == most and reading == "dmy" and all(map(has_dots, counts))):
+        if num_read > most or (num_read == most and reading == "dmy" and have_dots(counts)):
             best, most = reading, num_read
         if most == num_rows and reading != "mdy":  # after "mdy", "dmy" may be the right reading of the same dates
             break
@@ -479,14 +481,6 @@ def _lookup(
     results = {text: function(text) for text in set(texts.tolist()) if text is not None}
     results[None] = missing
     return np.fromiter((results[text] for text in texts.tolist()), dtype, len(texts))
-
-
-def _is_missing(raw: RawColumn) -> np.ndarray:
-    if raw.kind == "time":
-        return np.isnat(raw.values)
-    if raw.kind in ("number", "boolean"):
-        return np.isnan(raw.values) if raw.values.dtype.kind == "f" else np.zeros(len(raw.values), bool)
-    return np.equal(raw.values, None).astype(bool)
 
 
 def _warnings(changes: tuple[str, ...]) -> tuple[str, ...]:

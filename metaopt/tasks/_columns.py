@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-AMBIGUOUS = "the order of day and month is ambiguous in all dates"
+AMBIGUOUS = "the order of day and month is ambiguous"
 _T = TypeVar("_T")
 
 # Exact spellings. "None" is not one of them, because classes and levels have that name; "Na" is sodium.
@@ -314,24 +314,28 @@ def date_in_microseconds(text: str, order: str) -> int | None:
 
     Args:
       text: a date, with or without a time of day.
-      order: the order of year, month and day: "ymd", "dmy" or "mdy".
+      order: the order of year, month and day: "ymd", "dmy" or "mdy". A date with the year first is read in any case.
 
     Returns:
       Microseconds since 1970, in UTC if there is no time zone; None if the text is not a date in this order.
     """
-    match = (_YEAR_FIRST if order == "ymd" else _YEAR_LAST).fullmatch(text)
+    match = _YEAR_FIRST.fullmatch(text)
+    if match is not None:
+        order = "ymd"
+    elif order != "ymd":
+        match = _YEAR_LAST.fullmatch(text)
     time = None if match is None else _time(match, order)
     return None if time is None else _since_1970(time)
 
 
-def has_dots(text: str) -> bool:
-    """Returns whether a text has the form of a date with dots and the year last, such as "31.12.2020".
+def have_dots(texts: Iterable[str]) -> bool:
+    """Returns whether dates have the form "31.12.2020": at least one has the year last, and all that have it have dots.
 
     Args:
-      text: any text.
+      texts: any texts.
     """
-    match = _YEAR_LAST.fullmatch(text)
-    return match is not None and match[2] == "."
+    matches = [match for text in texts if (match := _YEAR_LAST.fullmatch(text))]
+    return bool(matches) and all(match[2] == "." for match in matches)
 
 
 def _time(match: re.Match, order: str) -> datetime.datetime | None:

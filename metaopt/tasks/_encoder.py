@@ -114,7 +114,8 @@ class TableEncoder(NamedTuple):
         places = _places(self, table)
         blocks, empty = [], []
         for code in self.columns:
-            block, unread = apply_code(code, read_values(table.columns[places[code.source]]))
+            raw = read_values(table.columns[places[code.source]])
+            block, unread = apply_code(code, raw)
             is_large = unread.num > 0.1 * len(block) or (unread.num > 0 and code.kind == "category")
             if unread.num:
                 level = logging.WARNING if is_large else logging.INFO
@@ -123,7 +124,7 @@ class TableEncoder(NamedTuple):
             if not is_large and np.isnan(block).all() and _surprises(code.share_missing, len(block)):
                 empty.append(code.name)
             if code.kind == "number" and not is_large:
-                _warn_of_range(code, block[:, 0])
+                _warn_of_range(code, block[:, 0], raw.unit)
             blocks.append(block)
         if empty:
             columns = "column %s has" if len(empty) == 1 else "columns %s have"
@@ -186,8 +187,9 @@ def fit_encoder(
     - Times become days since 1970 (in UTC), and month, weekday (Monday is 0) and hour if these vary.
       Times with a time zone are converted to UTC first, and times without one are not. So new rows should have a time
       zone if and only if these rows have one: midnight of Monday in Berlin is Sunday in UTC.
-    - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Up to
-      a tenth of the rows may have other words, such as "unknown", if there are 20 different numbers or more.
+    - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Dates
+      with the year first may be among dates in another order, also in new rows. Up to a tenth of the rows may have
+      other words, such as "unknown", if there are 20 different numbers or more.
     - In numbers, parentheses are a minus, as in accounting: (1,200.50). If no value is a word, 1.2k and 3M become
       numbers, too. But a column stays text if all its values are like (2), or if it has 5k or 3M and none like 1.2k,
       because such values may be labels. The log warns of parentheses without a sign of a currency or percent, and of k
@@ -261,22 +263,27 @@ def _with_range(code: ColumnCode, values: np.ndarray) -> ColumnCode:
     return code._replace(low=float(known.min()), high=float(known.max()))
 
 
-def _warn_of_range(code: ColumnCode, values: np.ndarray) -> None:
-    """Warns if most values of a column of numbers lie outside the range in the rows of `fit_encoder`."""
+def _warn_of_range(code: ColumnCode, values: np.ndarray, unit: str) -> None:
+    """Warns if most values of a column of numbers lie outside the range in the rows of `fit_encoder`.
+
+    The warning states the unit of durations and times of day, which may differ from that of `fit_encoder`.
+    """
     largest = max(abs(code.low + code.offset), abs(code.high + code.offset))
     rounding = float(np.finfo(np.float32).eps) / 2 * largest
     outside = np.flatnonzero((values < code.low - rounding) | (values > code.high + rounding))  # a gap is neither
     num_known = int((~np.isnan(values)).sum())
     if len(outside) > max(_FEW_OUTSIDE, num_known / 2):
         _log.warning(
-            "the column %r has %d of %d values outside the range in the rows of `fit`, %.12g to %.12g (such as %.12g); "
-            "has its unit changed?",
+            "the column %r has %d of %d values outside the range in the rows of `fit`, %.12g to %.12g%s "
+            "(such as %.12g%s); has its unit changed?",
             code.name,
             len(outside),
             num_known,
             code.low + code.offset,
             code.high + code.offset,
+            f" {code.unit}" if code.unit else "",
             values[outside[0]] + code.offset,
+            f" {unit}" if unit else "",
         )
 
 
@@ -340,7 +347,7 @@ def _check_encoder(encoder: TableEncoder) -> None:
     holds = holds and is_whole(encoder.max_levels, *(code.source for code in encoder.columns))
     holds = holds and all(is_text(*note) and note.action in ACTIONS for note in encoder.notes)
     for code in encoder.columns:
-        holds = holds and is_text(code.name, code.reading, code.sign, *code.levels, *code.parts)
+        holds = holds and is_text(code.name, code.reading, code.sign, code.unit, *code.levels, *code.parts)
         holds = holds and 0 <= code.source < len(encoder.input_names) and code.kind in KINDS
         holds = holds and code.reading in ("", *READINGS) and set(code.parts) <= set(PARTS)
         is_amount = lambda code: code.kind == "number" and is_sign(code.sign) and code.reading in readings(code.sign)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.tasks._class_sources import Source, check_alike, labelled_rows
 
 
@@ -129,7 +129,7 @@ def labelled_batches(
     Raises:
       ValueError: if weights are negative or all 0, or sources cannot be joined.
     """
-    sources = as_list(sources)
+    sources = as_list(sources, preprocess)
     rows = labelled_rows(sources)
     num_classes = int(rows["y"].max()) + 1
     sizes = np.array([len(source.y) for source in sources])
@@ -161,9 +161,17 @@ def cumulative_shares(weights: Sequence[float] | None, num_sources: int) -> jax.
     return jnp.asarray(cumulated / cumulated[-1], jnp.float32)
 
 
-def as_list(sources: Source | Sequence[Source]) -> list[Source]:
+def as_list(sources: Source | Sequence[Source], preprocess: Callable | None) -> list[Source]:
+    """Returns the sources of a sampler as a list. Warns of images that neither `preprocess` nor `to_floats` scales.
+
+    Raises:
+      ValueError: if the sources cannot be joined into one array.
+    """
     sources = [sources] if isinstance(sources, Source) else list(sources)
     check_alike(sources)
+    for source in sources:
+        if preprocess is None and source.x.dtype != np.uint8:
+            _checks.warn_of_unscaled_images(f"Source {source.name!r}: `x`", source.x)
     return sources
 
 

@@ -37,12 +37,24 @@ class RawColumn(NamedTuple):
         as datetime64[us] with NaT; texts and categories as an array of objects, str or None; others as they came.
       levels: the order of the categories if the frame has one.
       reason: why the column is unreadable.
+      unit: "days" if the numbers were durations, "hours" if they were times of day, otherwise "".
     """
 
     kind: str
     values: Any
     levels: tuple[str, ...] = ()
     reason: str = ""
+    unit: str = ""
+
+    @property
+    def is_missing(self) -> np.ndarray:
+        """[n] bool, of a column that is readable."""
+        if self.kind == "time":
+            return np.isnat(self.values)
+        if self.kind in ("number", "boolean"):
+            is_float = self.values.dtype.kind == "f"
+            return np.isnan(self.values) if is_float else np.zeros(len(self.values), bool)
+        return np.equal(self.values, None).astype(bool)
 
 
 class Frame(NamedTuple):
@@ -199,7 +211,7 @@ def read_values(values: Any) -> RawColumn:
     if kind == "M":
         return RawColumn("time", values.astype("datetime64[us]"))
     if kind == "m":
-        return RawColumn("number", _days(values))
+        return RawColumn("number", _days(values), unit="days")
     if kind == "c":
         raise ValueError(f"Complex data not supported\n{values}\n")
     return _read_objects(values.astype(object))
@@ -322,8 +334,11 @@ def _read_objects(values: np.ndarray) -> RawColumn:
         values = objects(None if type(value) in always_missing else value for value in values)
     if types and all(issubclass(type_, bool | np.bool_) for type_ in types):
         return RawColumn("boolean", _numbers(values).astype(np.float64))
-    if any(issubclass(type_, _DURATIONS) for type_ in types) and all(issubclass(type_, _NUMBERS) for type_ in types):
-        return RawColumn("number", np.array([_number(value) for value in values], np.float64))
+    durations = [type_ for type_ in types if issubclass(type_, _DURATIONS)]
+    if durations and all(issubclass(type_, _NUMBERS) for type_ in types):
+        units = {"hours" if issubclass(type_, datetime.time) else "days" for type_ in durations}
+        unit = units.pop() if len(units) == 1 else ""
+        return RawColumn("number", np.array([_number(value) for value in values], np.float64), unit=unit)
     if always_missing and types and all(issubclass(type_, int | np.integer) for type_ in types):
         return _integers_with_gaps(values)
     if all(issubclass(type_, _NUMBERS) for type_ in types):

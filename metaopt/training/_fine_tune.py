@@ -91,7 +91,7 @@ def fine_tune(
     optimizer = optax.adam(0.1) if optimizer is None else optimizer
 
     def tune(key, hyperparams, task):
-        init_key, last_key = jax.random.split(key)
+        init_key, last_key = jax.random.split(_checks.checked_key(key))
         # JAX traces the estimate once in this call of `tune`. Without `jit`, the next call traces again, and so sees
         # new values of the variables that the loss closes over.
         shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))

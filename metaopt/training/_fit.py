@@ -15,6 +15,7 @@ import numpy as np
 from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
 from metaopt.training import _advice, _cache, _learner, _processes, _run, _stopping
+from metaopt.training._callbacks import CallbackFn, call_all, listed
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
 from metaopt.training._run import Run, is_among_best, owned
@@ -23,7 +24,6 @@ from metaopt.training._steps import SampleTasksFn, Steps
 _log = logging.getLogger(__name__)
 
 EvaluateFn = Callable[[jax.Array, base.HyperParams], jax.Array]  # key, λ -> [] loss
-CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to stop
 
 
 class FitResult(NamedTuple):
@@ -158,7 +158,8 @@ def fit(
       KeyboardInterrupt: if SIGINT arrived. Its `result` is the partial `FitResult`.
       SystemExit: if SIGTERM arrived, with status 143 and a `result`.
       FloatingPointError: if 10 consecutive steps had no finite outer loss or hypergradient. It has a `result`.
-      ValueError: if `learner` is not a `Learner`, or `sample_tasks` not a function.
+      ValueError: if `learner` is not a `Learner`, `key` is not a random key, or `sample_tasks` or a callback is not a
+        function.
       ValueError: if there is `patience` or `keep_best` and no `evaluate`, or `keep_best` or `keep_nonfinite` and no
         `checkpoint_dir`.
       ValueError: if `eval_every` or `checkpoint_every` is not a whole number of at least 1, `steps_per_call` is not an
@@ -185,7 +186,7 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_options(evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
+    _check_options(key, callback, evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
     _check_periods(steps_per_call, eval_every=eval_every, checkpoint_every=checkpoint_every)
     hyperparams, evaluate = _initial(_to_coordinates(space, hyperparams)), _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
@@ -203,7 +204,7 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, metrics, warned, signal_number, callbacks = run.step, [], frozenset(), 0, _listed(callback)
+        first_step, metrics, warned, signal_number, callbacks = run.step, [], frozenset(), 0, listed(callback)
         try:
             while True:
                 try:  # evaluate; report, even after an error; then save, so that a resumed run repeats neither
@@ -212,7 +213,7 @@ def fit(
                         run = _evaluated(run, evaluate, eval_key, report)
                         metrics = _with_evaluation(metrics, run)
                 finally:
-                    ended, metrics = _processes.in_all(_report, callbacks, run.step, metrics), []
+                    ended, metrics = _processes.in_all(call_all, callbacks, run.step, metrics), []
                 if run.step > 0 and (run.step % checkpoint_every == 0 or is_among_best(run, eval_every, keep_best)):
                     _save(checkpoints, run, steps, report, eval_every)
                 signal_number, ended = _processes.agreed(received, ended)  # all processes must take equally many steps
@@ -244,17 +245,17 @@ def fit(
     return result
 
 
-def _listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackFn]:
-    return [callback] if callable(callback) else list(callback or ())
-
-
 def _check_options(
+    key: jax.Array,
+    callback: CallbackFn | Sequence[CallbackFn] | None,
     evaluate: EvaluateFn | None,
     patience: int | None,
     folder: Any,
     keep_best: int,
     keep_nonfinite: int,
 ) -> None:
+    _checks.checked_key(key)
+    listed(callback)
     if evaluate is None and (patience is not None or keep_best):
         name = "keep_best" if patience is None else "patience"
         raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")
@@ -436,23 +437,6 @@ def _with_evaluation(metrics: list[dict[str, Any]], run: Run) -> list[dict[str, 
     if run.step and not metrics:
         metrics = [{name: column[-1] for name, column in run.history.items() if len(column) == run.step}]
     return [*metrics[:-1], *({**last, "evaluation": run.evaluations[-1]} for last in metrics[-1:])]
-
-
-def _report(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:
-    """Calls the callbacks for every step that a program took. Returns whether one asked to stop.
-
-    The first error is raised after the last step, because a resumed run continues after all of the steps.
-    """
-    errors, ended = [], False
-    for i, metrics in enumerate(several_metrics):
-        for one in callbacks:
-            try:
-                ended |= bool(one(last_step - len(several_metrics) + 1 + i, metrics))
-            except Exception as error:
-                errors.append(error)
-    if errors:
-        raise errors[0]
-    return ended
 
 
 def _intact(tree: base.PyTree) -> bool:

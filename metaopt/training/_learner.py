@@ -12,11 +12,12 @@ Both functions are pure: you can jit them, scan them, and vmap them over states.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from metaopt import _checks, _proposals, _tuned_space, base, spaces
@@ -165,8 +166,9 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
     init_key, key = jax.random.split(key)
     estimator = parts.estimator_at(jnp.int32(0))
-    estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
-    estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
+    with _checks.explained_tasks():
+        estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
+        estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)
     if parts.stagger > 1:
         estimator_state, done = _staggered(parts, hyperparams, tasks, estimator_state, done)
@@ -267,13 +269,24 @@ def check_hyperparams(hyperparams: base.HyperParams) -> base.HyperParams:
 
 
 def check_tasks(tasks: base.PyTree) -> base.PyTree:
-    """Returns the tasks as arrays. Raises ValueError if a leaf is empty, or if labels are not among the classes."""
+    """Returns the tasks as arrays. Raises ValueError if a leaf is text or empty, or if labels are not classes."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tasks):
+        name = f"tasks{jax.tree_util.keystr(path)}"
+        if _is_text(leaf):
+            raise ValueError(
+                f"`{name}` must have numbers; got {np.asarray(leaf).dtype}. If these are labels, number the classes: "
+                "`names, y = np.unique(labels, return_inverse=True)`, on the labels of all rows together. Then `y` has "
+                "the integers 0 to C - 1, and `names` has the C names."
+            )
         if jnp.shape(leaf)[:1] == (0,):
-            name = f"tasks{jax.tree_util.keystr(path)}"
             raise ValueError(f"`{name}` has shape {jnp.shape(leaf)}: a batch without tasks, or a task without data.")
     _checks.check_task_labels("tasks", tasks)
     return _strong(tasks)
+
+
+def _is_text(leaf: Any) -> bool:
+    """Whether a leaf is text, or an array of text or of Python objects, which JAX cannot hold."""
+    return isinstance(leaf, str | bytes | np.ndarray) and np.asarray(leaf).dtype.kind in "OSU"
 
 
 def same_types(a: base.PyTree, b: base.PyTree) -> bool:

@@ -96,7 +96,7 @@ def propose(
 
     def propose_for(key, hyperparams, task):
         _checks.check_task_labels("task", task)  # else every F is NaN, and the start is the best
-        run_key, draw_key = jax.random.split(key)
+        run_key, draw_key = jax.random.split(_checks.checked_key(key))
         normal = _start(space, hyperparams, spread)
 
         def one_round(normal, round_key):

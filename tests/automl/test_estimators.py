@@ -429,6 +429,16 @@ def test_importance_finds_the_column_that_decides():
     np.testing.assert_array_equal(table, np.stack([expected.importances_mean, expected.importances_std], axis=1))
 
 
+def test_importance_warns_once_of_each_column(caplog):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    model = automl.AutoRegressor(**QUICK | {"models": ("linear",)}).fit(x, x[:, 0])
+    caplog.clear()
+    model.importance(x + [9, 99], x[:, 0], n_repeats=2)
+    assert [message.partition(" has ")[0] for message in caplog.messages] == ["the column '0'", "the column '1'"]
+    model.predict(x + [9, 99])  # warns again
+    assert len(caplog.messages) == 4
+
+
 def test_importance_reports_its_progress(capsys):
     x = np.random.default_rng(0).normal(size=(60, 2))
     model = automl.AutoRegressor(**QUICK | {"models": ("linear",)}).fit(x, x[:, 0])

@@ -12,6 +12,7 @@ import problems
 import pytest
 
 from metaopt import base, hypergrad, inner, spaces
+from metaopt.hypergrad import _perturbed_run
 
 
 def quadratic(rate, curvature=1.0):
@@ -65,6 +66,29 @@ def test_an_outer_loss_without_a_derivative_is_only_evaluated(outer_loss):
     problem = inner.problem(quadratic(0.2).loop, outer_loss)
     diagnosis = hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=5)
     assert diagnosis.findings == [] and diagnosis.checked[1] == "the outer loss at the end"
+
+
+@pytest.mark.parametrize("filtering", ["off", "quiet_remove_frames"])
+def test_an_error_in_a_derivative_rule_of_the_caller_is_raised(filtering):
+    @jax.custom_vjp
+    def norm(params):
+        return (params**2).sum()
+
+    def backward(residual, cotangent):
+        raise ValueError("the caller's mistake")
+
+    norm.defvjp(lambda params: (norm(params), None), backward)
+    problem = inner.problem(quadratic(0.2).loop, lambda params, hp, batch: norm(params))
+    loop = lambda params, hp, batch: jax.lax.while_loop(lambda x: x > 1, lambda x: x / 2, (params**2).sum())
+    former = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", filtering)
+    try:
+        with pytest.raises(ValueError, match="the caller's mistake"):
+            hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=2)
+        arguments = inner.problem(problem.loop, loop), jnp.array(0.0), problems.TASK, jax.random.key(0)
+        assert not _perturbed_run.has_gradient(*arguments)
+    finally:
+        jax.config.update("jax_traceback_filtering", former)
 
 
 @pytest.mark.parametrize("optimizer", [optax.adam, optax.rmsprop])
@@ -207,6 +231,18 @@ def test_a_run_that_no_leaf_mends_lists_what_was_tried():
     )
     assert last({"decay": -1.0, "rate": -1.0}, signed) == "No other λ was tried: no leaf is positive."
     assert last({"decay": 0.05, "rate": 1e10}, wide, True, False) == "No other λ was tried: its space is unknown."
+
+
+def test_leaves_that_are_not_numbers_are_not_tried():
+    loop = inner.loop(
+        lambda params, hp, batch: (params**2).sum() / 2,
+        lambda hp: optax.sgd(hp["rate"]),
+        init=lambda key, hp, data: 1 + jax.random.uniform(hp["key"], (3,)),
+    )
+    problem = inner.problem(loop, lambda params, hp, batch: (params**2).sum())
+    hp = {"key": jax.random.key(0), "rate": 2.5, "width": 3}
+    found = hypergrad.diagnose(problem, hp, problems.TASK, num_steps=50).findings
+    assert [f.what[:9] for f in found if "likely the cause" in f.what] == ["λ['rate']"]
 
 
 @pytest.mark.parametrize(("num_leaves", "is_named"), [(8, True), (9, False)])

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import sys
 import time
 
@@ -57,8 +58,9 @@ def test_the_recommended_rule_depends_on_the_memory():
     # The rate is a leaf that an implicit rule refuses.
     assert "['rate']" in {c.name: c.refused for c in free.costs}["implicit"] and math.isnan(memory["implicit"])
     assert f"* {free.take}" in str(free) and "refused" in str(free)
+    assert f"takes {memory[free.take]:.3g} MiB of temporary memory" in free.why and "pass `max_memory`" in free.why
     bounded = hypergrad.recommend(problem, hp, task, num_steps=100, rules=rules, max_memory=memory["small"])
-    assert bounded.take == "small"
+    assert bounded.take == "small" and "MiB" not in bounded.why
     least = hypergrad.recommend(problem, hp, task, num_steps=100, rules=rules, max_memory=memory["biased"])
     assert least.take == "biased" and "No exact rule fits" in least.why
     with pytest.raises(ValueError, match="No rule can handle this problem within `max_memory` = 1e-09 MiB"):
@@ -197,4 +199,5 @@ def test_a_terminal_names_the_rule_that_is_traced(monkeypatch):
 
     rules = {"first": rule._replace(estimate=estimate)}
     hypergrad.recommend(problems.RIDGE, problems.LAM, problems.TASK, num_steps=1, rules=rules)
-    assert "1/1" in terminal.getvalue()
+    assert "1/1" in terminal.getvalue() and "FLOPs / training" in terminal.getvalue()
+    assert not re.search(r"\d:\d\d|-:--", terminal.getvalue())  # the time left cannot be known

@@ -149,6 +149,10 @@ REFUSALS = [
     (lambda: implicit(num_steps=1, damping=-0.1), "`damping` must be at least 0; got -0.1"),
     (lambda: implicit(num_steps=1, damping=jnp.nan), "`damping` must be at least 0; got nan"),
     (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=1, damping=-0.1), "`damping` must be at least 0; got -0.1"),
+    (lambda: implicit(num_steps=1, solver=hypergrad.cg), r"the result of `hypergrad.cg\(...\)`, not .*: call it"),
+    (lambda: implicit(num_steps=1, solver="cg"), r"such as `hypergrad.cg\(num_steps=20\)`; got 'cg'"),
+    (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=1, solver=hypergrad.nystrom), "`hypergrad.nystrom"),
+    (lambda: hypergrad.argmin(problems.penalized, solver=hypergrad.cg), "`hypergrad.cg"),
     (lambda: hypergrad.nystrom(rank=2, damping=-0.1), "`damping` must be positive; got -0.1"),
     *(
         (lambda rule=rule: rule(horizon=-1), "`horizon` must be at least 0, or None; got -1")
@@ -225,6 +229,11 @@ REFUSALS = [
     (slope_of_a_momentum, r"leaves \['rate'\] of λ: neither the gradient"),
     # Others.
     (lambda: hypergrad.diagnose(RIDGE, LAM, TASK, num_steps=1), "`num_steps` must be at least 2; got 1"),
+    (lambda: hypergrad.diagnose(RIDGE, LAM, TASK, num_steps=2, key=7), r"such as `jax.random.key\(7\)`; got 7"),
+    (lambda: hypergrad.diagnose(RIDGE, LAM, TASK._asdict(), num_steps=2), r"a dict with the keys \['train', 'valid'"),
+    (lambda: hypergrad.recommend(RIDGE, LAM, TASK._asdict(), num_steps=2), r"pass `base.Task\(\*\*task\)`"),
+    (lambda: hypergrad.check(IMPLICIT(RIDGE), LAM, TASK._asdict()), r"pass `base.Task\(\*\*task\)`"),
+    (lambda: check(key=0), r"`key` must be a random key, such as `jax.random.key\(0\)`; got 0"),
     (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),
     (lambda: check(num_samples=1), "`num_samples` must be at least 2; got 1"),
     (lambda: partition({"a": RULE}, LABELS), r"the leaves of λ have \['a', 'b'\], and the estimators \['a'\]"),

@@ -12,7 +12,7 @@ import optax
 import pytest
 from small_search import NET, ONE, OPS, TASK, search_of
 
-from metaopt import base, hypergrad, nas, predictors, spaces, training
+from metaopt import base, hypergrad, inner, nas, predictors, spaces, training
 from metaopt.nas.search import _cell_encoder, _score_prior, _score_weights
 from metaopt.nas.search._cell_searcher import cell_searcher
 
@@ -33,6 +33,7 @@ RECIPE = nas.discrete(SPACE, EDGES)
 ONE_EDGE = nas.Network({"cell": nas.complete_cell(1, ("linear",))}, (nas.Layer("cell", 2),), 3)
 WITHOUT_SKIP = NET._replace(cells={"cell": nas.complete_cell(2, ("none", "smooth"), preprocess=False)})
 WITH_RELU = NET._replace(layers=(*NET.layers, nas.Layer("norm_relu", 4)))
+ROWS, LABELS, TEXTS = np.ones((12, 6, 2)), np.arange(12, dtype=np.int32) % 3, np.array([*"abababab"])
 BATCH = {"x": np.random.default_rng(0).normal(size=(6, 3)), "y": np.array([0, 1, 1, 0, 1, 0])}
 
 
@@ -48,6 +49,13 @@ def searched(search, train=TASK.train, valid=TASK.valid, **options):
     training.fit(learner, lambda key: base.Task(train, valid), **options)
 
 
+def searched_by_batches(**changes):
+    """With batches of 4 rows, whose shapes no message should name."""
+    outer_batch = lambda key, task: inner.minibatch(4)(key, 0, task.valid)
+    parts = {part: {**getattr(TASK, part), **change} for part, change in changes.items()}
+    searched(search_of(nas.darts, network=ONE, sampler=inner.minibatch(4), outer_batch=outer_batch), **parts)
+
+
 def estimate_of_tuples():
     """Inputs and labels that are not in a dict."""
     search, rows = search_of(nas.darts, network=ONE, order="first"), tuple(TASK.train.values())
@@ -60,9 +68,8 @@ def retraining(network=RECIPE, **options):
     return nas.retraining(network, (6, 2), ops=nas.BLOCKS, **{"num_steps": 1, **options})
 
 
-def trained_on_shifted_labels(convert):
-    rows = {"x": convert(np.ones((12, 6, 2))), "y": convert(np.arange(12, dtype=np.int32) % 3 + 1)}
-    return nas.train_loop(retraining(auxiliary=0.0, batch_size=12).loop, rows, num_steps=1, key=KEY)
+def trained_on_rows(x, y):
+    return nas.train_loop(retraining(auxiliary=0.0, batch_size=4).loop, {"x": x, "y": y}, num_steps=1, key=KEY)
 
 
 def alpha_of_another(space, ask):
@@ -164,12 +171,38 @@ SEARCHES = [
     ),
     *(
         (
-            lambda convert=convert: trained_on_shifted_labels(convert),
+            lambda convert=convert: trained_on_rows(convert(ROWS), convert(LABELS + 1)),
             r"labels `data\['y'\]` .*must be in 0\.\.2; got labels from 1 to 3",
         )
         for convert in (jnp.asarray, np.asarray)
     ),
     (estimate_of_tuples, 'must be a dict with the inputs as "x".*got tuple'),
+    # Labels that are text.
+    *(
+        (
+            lambda texts=texts: searched(search_of(nas.darts, network=ONE), valid={**TASK.valid, "y": texts}),
+            r"`tasks\.valid\['y'\]` must have numbers; got .*`names, y = np\.unique\(labels, return_inverse=True\)`",
+        )
+        for texts in (TEXTS, TEXTS.astype(object))
+    ),
+    (lambda: trained_on_rows(ROWS, np.array([*"abc"])[LABELS]), r"`tasks\['data'\]\['y'\]` must have numbers; got <U1"),
+    # The shapes of the caller's arrays, not of a batch.
+    *(
+        (
+            lambda part=part, num=num: searched_by_batches(**{part: {"x": np.ones((num, 2))}}),
+            rf"`task\.{part}\['x'\]` must have the shape \(N, 3\); got \({num}, 2\)",
+        )
+        for part, num in (("train", 9), ("valid", 8))
+    ),
+    (
+        lambda: searched_by_batches(train={"y": TASK.train["y"][:, None]}),
+        r"labels `task\.train\['y'\]` .*must have the shape \(9,\).*got \(9, 1\)",
+    ),
+    (
+        lambda: trained_on_rows(ROWS[0], LABELS),
+        r"`data\['x'\]` must have the shape \(N, 6, 2\); got .*`data\['x'\]\[None\]`",
+    ),
+    (lambda: trained_on_rows(ROWS[..., :1], LABELS), r"`data\['x'\]` must have the shape .*; got \(12, 6, 1\)"),
     # Training from scratch, and the report.
     (lambda: retraining(clip=0.0), "`clip` must be positive; got 0.0"),
     (lambda: retraining(rate=-0.1), "`rate` must be positive; got -0.1"),
@@ -260,7 +293,12 @@ PREDICTORS = [
         lambda: trained_with(lambda params, x, channels, stride: x - x.mean(0, keepdims=True)),
         "still depend on the other rows of the batch, because one of your own ops",
     ),
-    (lambda: small()[2].predict(X[0]), r"`x` must have the shape \(N, 3\)"),
+    (
+        lambda: small()[2].predict(X[0]),
+        r"`x` must have the shape \(N, 3\); got \(3,\)\. For one input, use `x\[None\]`",
+    ),
+    (lambda: small()[2].predict(np.ones((300, 2))), r"`x` must have the shape \(N, 3\); got \(300, 2\)"),
+    (lambda: trained({"x": np.ones((2_000, 2))}), r"`data\['x'\]` must have the shape \(N, 3\); got \(2000, 2\)"),
     (lambda: small()[2].predict(X * np.nan), "The outputs of 40 of 40 rows are NaN"),
     (
         lambda: small()[0].apply(small()[1], None, X, statistics=small()[2].statistics[:1]),
@@ -411,3 +449,27 @@ RECORDS = [
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_sampler_and_an_augmentation_may_cut_rows():
+    rows = {"x": np.ones((12, 8, 2)), "y": LABELS}
+    cut = lambda key, step, data: {**data, "x": data["x"][:, :6]}
+    outer_batch = lambda key, task: cut(key, 0, task.valid)
+    search = nas.darts(SPACE, (6, 2), ops=nas.BLOCKS, order="first", sampler=cut, outer_batch=outer_batch)
+    recipe = retraining(augment=(lambda key, x: x[:, :6],))
+    for init in (search.estimator.init, recipe.loop.init):
+        data = base.Task(rows, rows) if init is search.estimator.init else rows
+        jax.eval_shape(lambda init=init, data=data: init(KEY, search.hyperparams(KEY), data))
+
+
+def test_warns_of_images_that_are_not_scaled():
+    search = nas.darts(SPACE, (6, 2), ops=nas.BLOCKS, order="first")
+    for largest, convert in ((1, np.asarray), (255, np.asarray), (255, jnp.asarray)):
+        rows = {"x": convert(largest * ROWS), "y": LABELS}
+        for init, data in ((search.estimator.init, base.Task(rows, rows)), (retraining().loop.init, rows)):
+            start = lambda init=init, data=data: init(KEY, search.hyperparams(KEY), data)
+            if largest > 1:
+                with pytest.warns(UserWarning, match=r"\['x'\]` has values from 255 to 255.* Divide by"):
+                    jax.eval_shape(start)
+            else:
+                jax.eval_shape(start)

@@ -90,8 +90,10 @@ def test_a_configuration_of_an_older_space_is_read_where_the_spaces_agree():
     assert hyperparams["model"].tolist() == [0.5, 0.5] and hyperparams["svm"]["gamma"] == 2.0
     with pytest.raises(ValueError, match=r"`model` must be one of \('svm', 'forest'\); got 'boosting'"):
         spaces.from_configuration(SPACE, old)
-    with pytest.raises(ValueError, match="The space has no `rate`; it has `fixed`, `flag"):
+    with pytest.raises(ValueError, match="The space has no `rate`; it has `fixed`, `flag") as error:
         spaces.from_configuration(SPACE, {"rate": 0.1})
+    (advice,) = error.value.__notes__  # searchers of records show the error without it
+    assert "strict=False" in advice and "strict=False" not in str(error.value)
     # A record of scikit-learn's defaults: None and "auto" where there is a number here.
     other = spaces.from_configuration(SPACE, {"svm.gamma": "auto", "forest.depth": None}, strict=False)
     chex.assert_trees_all_equal(other, DEFAULT)

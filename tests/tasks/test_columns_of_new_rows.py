@@ -1,5 +1,6 @@
 """Warnings about columns that are empty in new rows, or outside the range in the rows of `fit_encoder`."""
 
+import datetime
 import json
 
 import numpy as np
@@ -72,6 +73,16 @@ def test_words_count_as_gaps(caplog):
     assert "no values in any" not in caplog.text  # one reason is enough
 
 
+def test_a_share_or_a_range_that_is_not_known_gives_no_warning(caplog):
+    state = tasks.fit_encoder({"a": np.arange(100) / 7}).state()
+    for entry in ("share_missing", "low", "high"):
+        del state["columns"][0][entry]
+    encoder = tasks.TableEncoder.from_state(json.loads(json.dumps(state)))
+    for value in (np.nan, -1e38, 1e38):
+        encoder.transform({"a": np.full(10_000, value)})
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, "0", True])
 def test_a_damaged_share_is_rejected(share):
     state = json.loads(json.dumps(tasks.fit_encoder(TEXTS).state()))
@@ -109,6 +120,25 @@ def test_numbers_outside_the_range_of_fit_are_reported(values, warns, kind, capl
     assert ("values outside the range in the rows of `fit`" in caplog.text) == (warns and kind != "boolean")
     if warns and kind == "number":
         assert "'age' has " in caplog.text and "20 to 80 (such as " in caplog.text and "unit" in caplog.text
+
+
+def test_the_range_of_durations_and_times_of_day_has_a_unit(caplog, tmp_path):
+    hours = [datetime.timedelta(hours=12 * k) for k in range(21)]
+    times = [datetime.time(k) for k in range(21)]
+    late, night = [datetime.timedelta(days=36)] * 20, [datetime.time(23)] * 20
+    columns = [
+        (hours, late, "0 to 10 days (such as 36 days)"),
+        (np.array(hours, "timedelta64[s]"), np.array(late, "timedelta64[h]"), "0 to 10 days (such as 36 days)"),
+        (hours, [864000.0] * 20, "0 to 10 days (such as 864000)"),  # seconds
+        (list(range(21)), late, "0 to 20 (such as 36 days)"),
+        ([*times, None], night, "0 to 20 hours (such as 23 hours)"),
+    ]
+    for fit_rows, new_rows, expected in columns:
+        metaopt.save(tmp_path / "encoder.json", tasks.fit_encoder({"a": fit_rows}, keep=("a",)))
+        caplog.clear()
+        metaopt.load(tmp_path / "encoder.json").transform({"a": new_rows})
+        (message,) = caplog.messages
+        assert f"in the rows of `fit`, {expected}; has its unit changed?" in message
 
 
 def test_rows_of_fit_are_within_their_range(caplog):

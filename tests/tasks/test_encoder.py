@@ -185,6 +185,23 @@ def test_dates_in_another_order_are_reported_with_the_order_of_fit(caplog):
     assert caplog.messages == [f"the column 'day' has 1 of 3 {reason} (such as '3/13/2024')"]
 
 
+def test_dates_with_the_year_first_are_read_in_any_column_of_dates(caplog):
+    december = [18627, 18626, 18625]
+    for dates in (["31/12/2020", "30/12/2020", "29/12/2020"], ["12/31/2020", "12/30/2020", "12/29/2020"]):
+        encoder, _ = fitted({"t": dates})
+        new = [dates[0], "2020-12-30T00:00:00Z", datetime.date(2020, 12, 29)]
+        for column in (new, ["2020-12-31", "2020-12-30", "2020/12/29"], pd.Series(new[:2] + ["2020.12.29"])):
+            np.testing.assert_array_equal(encoder.transform({"t": column})[:, 0], december)
+            np.testing.assert_array_equal(fitted({"t": column})[1][:, 0], december)  # in the rows of `fit`, too
+    assert not caplog.messages
+    encoder.transform({"t": ["2020-13-31", "2020-12-30"]})
+    assert "1 of 2 values that are not dates" in caplog.text
+    mixed_dates = ["1.2.2020", "2020-04-03", "2.2.2020"] * 10  # dates with the year last have dots: the day is first
+    for words in ([], ["unknown"] * 2):
+        _, x = fitted({"t": mixed_dates * 2 + [f"2019-01-{day:02}" for day in range(1, 32)] + words})
+        np.testing.assert_array_equal(x[:3, 1], [2, 4, 2])
+
+
 def test_times_become_days_month_weekday_and_hour():
     times = ["2021-02-28T18:00:00", "1970-01-01T00:00:00", "2024-02-29T23:59:59", "1969-12-31T06:30:00"]
     moments = [datetime.datetime.fromisoformat(time) for time in times]

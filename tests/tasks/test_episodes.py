@@ -3,6 +3,8 @@
 Statistical tests have fixed keys; a p-value below 0.001, or 3.5 standard errors, fails.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -329,3 +331,20 @@ def test_programs_hold_no_copy_of_the_data():
     for weights, second in (([0, 0.1], True), ([0.1, 0], False)):
         drawn = tasks.labelled_batches(two, 400, weights=weights)(key).train
         assert ((drawn["y"] >= 30) == second).all()
+
+
+def test_warns_of_images_that_nobody_scales():
+    pixels = np.arange(96.0).reshape(24, 2, 2)
+    source = lambda x: tasks.from_arrays(x, np.arange(24) // 8, name="birds")
+    samplers = [
+        functools.partial(tasks.episodes, num_ways=2, num_query=2),
+        functools.partial(tasks.meta_dataset_episodes, min_ways=2, max_ways=3),
+        functools.partial(tasks.labelled_batches, batch_size=2),
+    ]
+    for make in samplers:
+        for x in (pixels, pixels.astype(int)):
+            with pytest.warns(UserWarning, match="Source 'birds': `x` has values from 0 to 95.* such as 255"):
+                make(source(x))
+        for x in (pixels.astype(np.uint8), pixels / 95, pixels - 48, pixels.reshape(24, 4)):  # the last is a table
+            make(source(x))
+        make(source(pixels), preprocess=lambda x: x / 95)

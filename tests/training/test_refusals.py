@@ -33,6 +33,7 @@ PROBLEM = inner.problem(
 LAM = {"rates": Rates(0.2, 0.5), "shift": np.array([1.0, -1.0])}
 WIDER = SPACE | {"rates": Rates(spaces.interval(1e-3, 2.0, log=True), spaces.fixed(0.5))}  # of the same structure
 TASK = base.Task(np.ones(2), np.ones(2))
+TASKS = base.Task(np.ones((2, 2)), np.ones((2, 2)))
 NAN = jax.tree.map(lambda x: x * jnp.nan, spaces.to_unconstrained(SPACE, LAM))
 RIDGE = hypergrad.unrolled(spaces.constrain(problems.POSITIVE_RIDGE, problems.SPACE), num_steps=1)
 PENALTY = spaces.default(problems.SPACE)
@@ -41,7 +42,7 @@ OTHER = {"penalty": spaces.positive(0.2, shape=(problems.NUM_FEATURES,))}
 
 def fit(hyperparams=7.0, sample_tasks=lambda key: np.ones(3), **options):
     learner = training.learner(QUADRATIC, optax.sgd(0.1))
-    training.fit(learner, sample_tasks, hyperparams=hyperparams, key=KEY, **{"num_steps": 5} | options)
+    training.fit(learner, sample_tasks, hyperparams=hyperparams, **{"num_steps": 5, "key": KEY} | options)
 
 
 def fit_swapped():
@@ -57,13 +58,12 @@ def fit_other_shapes():
     training.fit(learner, sample_tasks, hyperparams={"x": 0.5}, key=KEY, num_steps=5)
 
 
-def fit_in_space(problem=None, space=SPACE, hyperparams=LAM, **options):
+def fit_in_space(problem=None, space=SPACE, hyperparams=LAM, sample_tasks=lambda key: TASKS, **options):
     """The problem takes coordinates, unless another one is passed."""
     problem = spaces.constrain(PROBLEM, SPACE) if problem is None else problem
     learner = training.learner(hypergrad.over_tasks(hypergrad.unrolled(problem, num_steps=1)), optax.sgd(0.1))
-    tasks = base.Task(np.ones((2, 2)), np.ones((2, 2)))
     options = {"hyperparams": hyperparams, "key": KEY, "num_steps": 2, "space": space} | options
-    training.fit(learner, lambda key: tasks, **options)
+    training.fit(learner, sample_tasks, **options)
 
 
 def fine_tune_in_another_space():
@@ -108,6 +108,14 @@ REFUSALS = [
         r"`sample_tasks`, a function `\(key\).* got Learner and Task\. For",
     ),
     (fit_swapped, "The first arguments of `fit` are `learner`.* got function and Learner"),
+    (lambda: fit(key=3), r"`key` must be a random key, such as `jax.random.key\(3\)`; got 3"),
+    (
+        lambda: fit(callback="run.jsonl"),
+        r"`callback` must be a function .*; got 'run.jsonl'.*`training.log_to\(file\)`",
+    ),
+    (lambda: fit(callback=[len, 3]), "`callback` must be a function .*; got 3"),
+    (lambda: training.fine_tune(RIDGE)(0, PENALTY, problems.TASK), "`key` must be a random key"),
+    (lambda: fit_in_space(sample_tasks=lambda key: TASKS._asdict()), r"A task must be .* got a dict with the keys"),
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),
     (lambda: fit({"layers": 3}), r"`hyperparams\['layers'\]` has dtype int64, but only floating-point"),
     (lambda: fit(patience=3), "pass `evaluate`"),

@@ -9,7 +9,7 @@ import optax
 from metaopt import _batches, base, inner
 from metaopt._progress import reporting
 from metaopt.nas import _genotypes, _ops, _relaxations, _specs, _supernet
-from metaopt.nas.search._search import check_classes, sgd, training_loop
+from metaopt.nas.search._search import check_rows, sgd, training_loop
 from metaopt.nas.search._settings import with_settings
 
 
@@ -89,7 +89,7 @@ def single_path_one_shot(
     reported = reporting(evaluate, "the score")
 
     def score(params, genotype, batch):
-        check_classes(loss, network, "batch", batch)
+        check_rows(supernet, loss, "batch", batch)
         return reported(params, _genotypes.one_hot(network, genotype), batch)
 
     return OneShot(train, score, supernet, loop, alpha, {})

@@ -6,7 +6,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 
 from metaopt import _batches, _checks, base, inner
 from metaopt.nas import _augmentation, _normalization, _ops, _specs, _supernet
-from metaopt.nas.search._search import check_classes
+from metaopt.nas.search._search import check_rows
 from metaopt.nas.search._trained_network import TrainedNetwork, trained_network
 
 Augmentation = Callable[[jax.Array, jax.Array], jax.Array]  # key, x -> x
@@ -161,7 +161,10 @@ def _check_edges(network: _specs.Network, drop_path: float) -> None:
 def _init(recipe: _Recipe, key, hyperparams, data):
     supernet = recipe.supernet
     num_outputs = supernet.network.num_outputs
-    check_classes(recipe.loss, supernet.network, "data", data)
+    augmented = lambda rows: {**rows, "x": _augmented(recipe, [key] * len(recipe.augment), rows["x"])}
+    check_rows(supernet, recipe.loss, "data", data, augmented)
+    if isinstance(data, Mapping):
+        _checks.warn_of_unscaled_images("`data['x']`", data.get("x"))
     params = {"network": supernet.init(key)}
     if recipe.head_layer is not None:
         x = jax.ShapeDtypeStruct((2, *supernet.in_shape), jnp.zeros(0).dtype)
@@ -170,13 +173,18 @@ def _init(recipe: _Recipe, key, hyperparams, data):
     return params, None
 
 
+def _augmented(recipe: _Recipe, keys: Sequence[jax.Array], x: Any) -> jax.Array:
+    x = jnp.asarray(x, jnp.result_type(x, float))
+    for change, key in zip(recipe.augment, keys, strict=True):
+        x = change(key, x)
+    return x
+
+
 def _train_loss(recipe: _Recipe, params, hyperparams, batch, context):
     supernet, loss = recipe.supernet, recipe.loss
     drop_key, *keys = jax.random.split(context.key, 1 + len(recipe.augment))
     mask = _batches.row_mask(batch)
-    x = jnp.asarray(batch["x"], jnp.result_type(batch["x"], float))
-    for change, key in zip(recipe.augment, keys, strict=True):
-        x = change(key, x)
+    x = _augmented(recipe, keys, batch["x"])
     edges = (drop_key, recipe.drop_path * context.step / recipe.num_steps) if recipe.drop_path else None
     if recipe.head_layer is None:
         return loss(supernet.apply(params["network"], None, x, edges, mask), batch)

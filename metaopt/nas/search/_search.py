@@ -175,7 +175,7 @@ def architecture_search(
     problem = inner.problem(loop, valid_loss, outer_batch=outer_batch, with_context=True)
     alpha = functools.partial(_alpha, learn_init)
     weights = lambda hyperparams: _relaxations.mixing_weights(decode, network, alpha(hyperparams), jax.random.key(0))
-    make_estimator = lambda problem, own: _checks_labels(rule(problem), loss, network)
+    make_estimator = lambda problem, own: _checks_rows(rule(problem), supernet, loss, sampler, outer_batch)
     return Search(
         estimator=make_estimator(problem, None),
         problem=problem,
@@ -195,17 +195,34 @@ def architecture_search(
     )
 
 
-def check_classes(loss: Callable, network: _specs.Space, name: str, rows: Any) -> None:
-    """Raises ValueError if `loss` is the default and untraced labels are not classes. Other losses may differ.
+def check_rows(
+    supernet: _supernet.Supernet, loss: Callable, name: str, rows: Any, draw: Callable[[Any], Any] = lambda rows: rows
+) -> None:
+    """Raises ValueError if rows do not fit the network, or if `loss` is the default and labels are not classes.
+
+    The network itself sees only batches. Its errors would have the shape of a batch, not of the caller's arrays.
 
     Args:
-      loss: the loss of the search.
-      network: the network that is searched.
+      supernet: the network that is searched or trained.
+      loss: its loss. With another loss than the default, labels may be of another kind.
       name: the name of `rows` in the error message, such as "task.train".
-      rows: a dict with "y"; other values pass.
+      rows: a dict with "x" and "y"; other values pass. Of traced arrays, only shapes and types are checked.
+      draw: `(rows) -> batch`. Inputs of another shape pass if those of a batch fit: a sampler may cut or reshape them.
     """
+    network = supernet.network
+    fits = lambda rows: "x" not in rows or np.shape(rows["x"])[1:] == supernet.in_shape
+    if not isinstance(rows, Mapping):
+        return
+    if not fits(rows) and not fits(jax.eval_shape(draw, rows)):
+        _supernet.check_shape(f"{name}['x']", rows["x"], supernet.in_shape)
     if loss is inner.cross_entropy:
-        _batches.check_labels(rows, network.num_outputs, name=f"`{name}['y']`")
+        is_pooled = isinstance(network, _specs.Network) and network.pooled and fits(rows)  # then one label for a row
+        shape = np.shape(rows["y"])[:1] if is_pooled and "y" in rows else None
+        _batches.check_labels(rows, network.num_outputs, shape, name=f"`{name}['y']`")
+
+
+def _first_batch(sampler: inner.Sampler | None, key: jax.Array) -> Callable[[Any], Any]:
+    return lambda rows: rows if sampler is None else sampler(key, jnp.int32(0), rows)
 
 
 def training_loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_init=False) -> base.InnerLoop:
@@ -216,7 +233,7 @@ def training_loop(supernet, relaxation, loss, decay, optimizer, sampler, learn_i
         return loss(outputs, batch) + decay / 2 * optax.tree.norm(params, squared=True)
 
     def init(key, hyperparams, data):
-        check_classes(loss, supernet.network, "data", data)
+        check_rows(supernet, loss, "data", data, _first_batch(sampler, key))
         return hyperparams["init"] if learn_init else supernet.init(key), None
 
     return inner.loop(train_loss, optimizer, init=init, sampler=sampler, with_context=True)
@@ -248,15 +265,18 @@ def _start(supernet, edge_weights, learn_init, key):
     return {"alpha": alpha, "init": supernet.init(jax.random.fold_in(key, 1))} if learn_init else alpha
 
 
-def _checks_labels(estimator, loss, network) -> base.Estimator:
-    """Returns the estimator, whose `init` rejects labels that are not classes. `fit` lets it see their values once."""
+def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estimator:
+    """Returns the estimator, whose `init` checks the rows of its task. `fit` lets it see the values of labels once."""
     if not isinstance(estimator, base.Estimator):  # it is rejected where it is used
         return estimator
 
     def init(key, hyperparams, task):
         if isinstance(task, base.Task):
-            check_classes(loss, network, "task.train", task.train)
-            check_classes(loss, network, "task.valid", task.valid)
+            draw = lambda rows: rows if outer_batch is None else outer_batch(key, task._replace(valid=rows))
+            check_rows(supernet, loss, "task.train", task.train, _first_batch(sampler, key))
+            check_rows(supernet, loss, "task.valid", task.valid, draw)
+            if isinstance(task.train, Mapping):
+                _checks.warn_of_unscaled_images("`task.train['x']`", task.train.get("x"))
         return estimator.init(key, hyperparams, task)
 
     return estimator._replace(init=init)

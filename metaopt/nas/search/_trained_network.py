@@ -153,9 +153,9 @@ def trained_network(
       A `TrainedNetwork`.
 
     Raises:
-      ValueError: if `data` is not a dict with "x", if there are fewer than two real rows, or if `num_rows < 2`. Also if
-        the supernet is `single_path` and `weights` are not one-hot. Also if an op computes over the batch without
-        `nas.normalized`, so that the output for a row still depends on the other rows.
+      ValueError: if `data` is not a dict with "x" [N, *in_shape], if there are fewer than two real rows, or if
+        `num_rows < 2`. Also if the supernet is `single_path` and `weights` are not one-hot. Also if an op computes over
+        the batch without `nas.normalized`, so that the output for a row still depends on the other rows.
 
     Sources: Guo et al., ECCV 2020, https://arxiv.org/abs/1904.00420 (statistics of each architecture in a supernet);
       Wu & Johnson, 2021, https://arxiv.org/abs/2105.07576, Sec. 3 (statistics of training rows or running averages)
@@ -170,6 +170,7 @@ def trained_network(
     True
     """
     rows = _real_rows(data)
+    _supernet.check_shape("data['x']", data["x"], supernet.in_shape)
     if min(len(rows), num_rows) < 2:
         raise ValueError(f"Statistics need at least two real rows; got {len(rows)} and `num_rows={num_rows}`.")
     if len(rows) > num_rows:
@@ -238,6 +239,7 @@ def _network(supernet, params, weights, statistics, largest: float) -> TrainedNe
 
     def apply_to_rows(x):
         x, parts = np.asarray(x), []
+        _supernet.check_shape("x", x, supernet.in_shape)
         for start in range(0, max(len(x), 1), _BATCH):
             part = x[start : start + _BATCH]
             # Rounds up to a power of two, because every new size is compiled.
