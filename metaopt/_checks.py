@@ -81,7 +81,7 @@ def checked_key(key: Any, name: str = "key") -> jax.Array:
     """
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == np.uint32):
-        seed = key if isinstance(key, int) and not isinstance(key, bool) else 0
+        seed = int(key) if isinstance(key, int | np.integer) and not isinstance(key, bool) else 0
         raise ValueError(f"`{name}` must be a random key, such as `jax.random.key({seed})`; got {key!r}.")
     return key
 
@@ -135,20 +135,23 @@ def explained_schedules(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained_tasks() -> Iterator[None]:
+def explained_tasks(task: Any) -> Iterator[None]:
     """Explains Python's error if a rule reads the field of a task that is a dict.
+
+    Args:
+      task: the task, or a batch of tasks.
 
     Returns:
       A context manager for calls of the rule. Some rules (`hypergrad.direct`) take any task, so the type is not checked
       before.
 
     Raises:
-      ValueError: if the calls read `train`, `valid` or `features` of a mapping.
+      ValueError: if the task is a mapping, and the calls read `train`, `valid` or `features` of a mapping.
     """
     try:
         yield
     except AttributeError as error:
-        if error.name not in base.Task._fields or not isinstance(error.obj, Mapping):
+        if error.name not in base.Task._fields or not isinstance(error.obj, Mapping) or not isinstance(task, Mapping):
             raise
         raise ValueError(
             f"A task must be a `base.Task(train=..., valid=...)`; got a {type(error.obj).__name__} with the keys "
@@ -281,7 +284,7 @@ _LARGEST_SCALED = 2  # of images without negative values; standardized images ha
 def warn_of_unscaled_images(name: str, x: Any) -> None:
     """Warns if images have values that nobody has scaled, such as pixels from 0 to 255.
 
-    Traced arrays are not checked. Neither are arrays of which other processes hold a part.
+    Traced arrays are not checked. Neither are arrays of which other processes hold a part, and complex arrays.
 
     Args:
       name: the name of the images in the warning.
@@ -289,8 +292,10 @@ def warn_of_unscaled_images(name: str, x: Any) -> None:
     """
     if not isinstance(x, np.ndarray | jax.Array) or not _is_readable(x) or x.ndim < 3 or not x.size:
         return
-    x = np.asarray(x)  # while JAX traces, it would also trace `x.min()` of its own arrays
-    low, high = float(x.min()), float(x.max())
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
+        return
+    with jax.ensure_compile_time_eval():  # JAX may be tracing a function that closes over `x`
+        low, high = float(x.min()), float(x.max())
     if low >= 0 and high > _LARGEST_SCALED:
         warnings.warn(
             f"{name} has values from {low:g} to {high:g}. If these are images, a network usually learns better from "

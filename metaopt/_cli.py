@@ -26,8 +26,6 @@ _EXAMPLES = """examples:
 exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor), 4 warnings (predict --strict)
 """
 
-_ENCODER_LOG = "metaopt.tasks"  # its warnings are about the columns of a table
-
 _MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
 
 
@@ -189,14 +187,16 @@ def _predict(options: argparse.Namespace) -> int:
     if options.out is not None:
         _check_out(options.out, options.data, options.model)
     frame = _read_rows(options.data, model)
-    with _logs.hold_back(_ENCODER_LOG) as messages:
-        result = pandas.DataFrame({"prediction": model.predict(frame)})
-    for message in messages:
-        print(message, file=sys.stderr)
+    with _logs.hold_back() as messages:
+        try:
+            result = pandas.DataFrame({"prediction": model.predict(frame)})
+        finally:
+            for message in messages:
+                print(message, file=sys.stderr)
     if options.strict and messages:
         print("metaopt: no predictions are written, because `--strict` does not allow warnings.", file=sys.stderr)
         return 4
-    with _logs.hold_back(_ENCODER_LOG):  # `predict` has logged the same warnings
+    with _logs.hold_back():  # `predict` has logged the same warnings
         if hasattr(model, "predict_proba"):
             for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
                 result[f"probability of {label}"] = column
@@ -242,7 +242,7 @@ def _print_importance(model: Any, rows: Any, target: Any) -> None:
     is_classifier = hasattr(model, "classes_")
     # Labels of the type of `classes_`: those of a file with gaps have another type.
     labels = model.classes_[model._target_codes(target.to_numpy())] if is_classifier else target
-    with _logs.hold_back(_ENCODER_LOG):  # `evaluate` has logged the same warnings
+    with _logs.hold_back():  # `evaluate` has logged the same warnings
         table = model.importance(rows, labels)
     score = "accuracy" if is_classifier else "R²"
     print(
@@ -440,7 +440,7 @@ def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
 
     if target.dtype.kind in "biuf":
         return target, None
-    with _logs.hold_back(_ENCODER_LOG):  # `_print_a_reading` prints how texts are read
+    with _logs.hold_back():  # `_print_a_reading` prints how texts are read
         encoder = encoder or tasks.fit_encoder({"target": target}, keep=("target",))
         if [code.kind for code in encoder.columns] != ["number"]:
             return target, None

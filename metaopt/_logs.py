@@ -1,39 +1,35 @@
-"""Warnings of the log that a caller shows itself, or that would repeat others."""
+"""Warnings of a log that a caller shows itself, or that would repeat others."""
 
 import contextlib
+import contextvars
 import logging
 from collections.abc import Iterator
+from typing import Any
+
+_held: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("held", default=None)
 
 
-class _Messages(logging.Handler):
-    """Collects the messages of warnings."""
+class Log(logging.LoggerAdapter):
+    """A logger whose messages do not reach the log within `hold_back`."""
 
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        held = _held.get()
+        if held is None:
+            super().log(level, msg, *args, stacklevel=2, **kwargs)
+        elif level >= logging.WARNING:
+            held.append(msg % args if args else msg)
 
 
 @contextlib.contextmanager
-def hold_back(name: str) -> Iterator[list[str]]:
-    """Collects the warnings of a logger and of those below it. They do not reach the loggers above it.
-
-    Args:
-      name: the name of the logger.
+def hold_back() -> Iterator[list[str]]:
+    """Collects the warnings of all `Log`s, of any level of the loggers. Other threads are not affected.
 
     Yields:
       The messages, in their order. The list grows while the body runs.
     """
-    logger, handler = logging.getLogger(name), _Messages()
-    propagate, level = logger.propagate, logger.level
-    logger.propagate = False
-    logger.setLevel(logging.WARNING)  # also if the caller's level is higher
-    logger.addHandler(handler)
+    messages: list[str] = []
+    token = _held.set(messages)
     try:
-        yield handler.messages
+        yield messages
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+        _held.reset(token)

@@ -56,7 +56,7 @@ def permutation_importance(
             for i in range(n_repeats):
                 random.shuffle(order)
                 shuffled = _with_shuffled(shuffled, column, order)
-                with _logs.hold_back("metaopt.tasks"):  # a shuffled column has the warnings that `baseline` has logged
+                with _logs.hold_back():  # a shuffled column has the warnings that `baseline` has logged
                     falls[place, i] = baseline - scorer(estimator, shuffled, y)
                 report(done * n_repeats + i + 1, column=names[place])
     return falls.mean(axis=1), falls.std(axis=1)

@@ -156,7 +156,7 @@ def evaluated(
 ) -> Point:
     """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
     key = jax.random.key(0) if key is None else _checks.checked_key(key)
-    with _checks.explained_tasks():
+    with _checks.explained_tasks(task):
         state = estimator.init(key, hyperparams, task)
     metrics = (
         {} if estimator.kind == "exact" else jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].metrics

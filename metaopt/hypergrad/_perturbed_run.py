@@ -106,7 +106,8 @@ def _outer_loss(problem, hyperparams, task, state, key, with_slopes: bool) -> tu
 def has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: base.Task, key: jax.Array) -> bool:
     """Whether JAX can differentiate the outer loss in reverse mode. Evolution strategies do not need this.
 
-    An error inside the caller's own derivative rule (`jax.custom_vjp`) is raised.
+    A ValueError that the caller's own derivative rule (`jax.custom_vjp`) raises is not caught. One that JAX raises for
+    the result of such a rule, or for a call inside it, counts as no derivative.
     """
     has_derivative = True
 
@@ -119,7 +120,8 @@ def has_gradient(problem: base.Problem, hyperparams: base.HyperParams, task: bas
             # JAX raises such errors for a loop of unknown length, a callback, or a primitive. They are caught within
             # `eval_shape`, which removes JAX's frames from the traceback.
             *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-            if innermost.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "metaopt"):
+            is_own = innermost.f_globals.get("__name__", "").partition(".")[0] not in ("jax", "metaopt")
+            if is_own and not isinstance(error, NotImplementedError):
                 raise
             has_derivative = False
 

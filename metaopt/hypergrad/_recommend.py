@@ -191,7 +191,7 @@ def recommend(
         batch = problem.outer_batch(key, task)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-    with _checks.explained_tasks():
+    with _checks.explained_tasks(task):
         training = _flops.flops(plain, hyperparams, task)
     rules = candidates(problem, hyperparams, num_steps) if rules is None else rules
     costs = list(_measured(rules, (hyperparams, task), training).values())
@@ -207,6 +207,6 @@ def recommend(
     why += f"it is the {'cheapest' if best.kind == 'exact' else 'first'} {best.kind} one."
     if best.kind != "exact":
         why += " No exact rule can." if max_memory is None else " No exact rule fits: allow more memory to have one."
-    elif max_memory is None and not math.isnan(best.memory):
+    elif max_memory is None and any(cost.memory < best.memory for cost in fitting):
         why += f" It takes {best.memory:.3g} MiB of temporary memory. For a rule that takes less, pass `max_memory`."
     return Recommendation(costs, best.name, why)

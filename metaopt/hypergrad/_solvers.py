@@ -294,7 +294,7 @@ def checked(solver: Solver) -> Solver:
     """Returns a solver.
 
     Raises:
-      ValueError: if it is not a function, or one of this room's factories instead of its result.
+      ValueError: if it is not a function, or a function such as `cg` that returns solvers.
     """
     factories = {"bicgstab": bicgstab, "cg": cg, "dense": dense, "gmres": gmres, "lineax": lineax, "neumann": neumann}
     for name, factory in (factories | {"nystrom": nystrom}).items():

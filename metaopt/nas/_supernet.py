@@ -249,13 +249,14 @@ def _as_rows(in_shape: tuple[int, ...], x: Any) -> jax.Array:
     return jnp.asarray(x, jnp.result_type(x, float))
 
 
-def check_shape(name: str, x: Any, in_shape: tuple[int, ...]) -> None:
+def check_shape(name: str, x: Any, in_shape: tuple[int, ...], *, of_task: bool = False) -> None:
     """Raises ValueError if `x` is not [N, *in_shape].
 
     Args:
       name: the name of `x` in the error message.
       x: the inputs.
       in_shape: the shape of one input.
+      of_task: whether `x` belongs to a task, so that a leading axis may be that of several tasks.
     """
     shape, advice = np.shape(x), ""
     if shape and shape[1:] == in_shape:
@@ -264,7 +265,7 @@ def check_shape(name: str, x: Any, in_shape: tuple[int, ...]) -> None:
         advice = f" For one input, use `{name}[None]`."
     elif (*shape[1:], 1) == in_shape:
         advice = f" Add an axis for the channel, `{name}[..., None]`."
-    elif shape[2:] == in_shape:
+    elif of_task and shape[2:] == in_shape:
         advice = " For a batch of tasks, use `hypergrad.over_tasks`."
     raise ValueError(f"`{name}` must have the shape (N, {', '.join(map(str, in_shape))}); got {shape}.{advice}")
 

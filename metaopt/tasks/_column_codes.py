@@ -445,14 +445,14 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
         return "", "", ()
     else:
         description += describe_unusual(numbers, read)
+    is_ambiguous = best == "mdy" and _may_have_the_day_first(numbers)
+    unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong" * is_ambiguous
     if not words:
-        is_ambiguous = best == "mdy" and _may_have_the_day_first(counts)
-        unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong"
-        return best, sign, (description + unsure * is_ambiguous,)
+        return best, sign, (description + unsure,)
     if most < 0.9 * num_rows or len(numbers) < 20:
         return "", "", ()
     change = f"{description}, except {num_rows - most} values such as {words[0]!r}, which count as missing"
-    return best, sign, (change,)
+    return best, sign, (change + unsure,)
 
 
 def _reader(reading: str, sign: str) -> Callable[[str], int | float | None]:

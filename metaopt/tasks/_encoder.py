@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _files, _saving
+from metaopt import _files, _logs, _saving
 from metaopt.tasks._amounts import is_sign, readings
 from metaopt.tasks._column_codes import KINDS, MIN_ROWS, PARTS, READINGS, ColumnCode, Fit, apply_code, fit_column
 from metaopt.tasks._columns import FLOAT32_MAX
 from metaopt.tasks._frames import Frame, as_text, positions, read_frame, read_values, unique_names
 
-_log = logging.getLogger(__name__)
+_log = _logs.Log(logging.getLogger(__name__))
 
 ACTIONS = ("dropped", "changed")
 _MOSTLY_MISSING = 0.9  # a column with a larger share of gaps in `fit_encoder` may be empty in new rows

@@ -186,7 +186,8 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    _check_options(key, callback, evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
+    callbacks = listed(callback)
+    _check_options(key, evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
     _check_periods(steps_per_call, eval_every=eval_every, checkpoint_every=checkpoint_every)
     hyperparams, evaluate = _initial(_to_coordinates(space, hyperparams)), _in_natural_units(space, evaluate)
     init_key, sample_key, eval_key = jax.random.split(key, 3)
@@ -204,7 +205,7 @@ def fit(
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
-        first_step, metrics, warned, signal_number, callbacks = run.step, [], frozenset(), 0, listed(callback)
+        first_step, metrics, warned, signal_number = run.step, [], frozenset(), 0
         try:
             while True:
                 try:  # evaluate; report, even after an error; then save, so that a resumed run repeats neither
@@ -247,7 +248,6 @@ def fit(
 
 def _check_options(
     key: jax.Array,
-    callback: CallbackFn | Sequence[CallbackFn] | None,
     evaluate: EvaluateFn | None,
     patience: int | None,
     folder: Any,
@@ -255,7 +255,6 @@ def _check_options(
     keep_nonfinite: int,
 ) -> None:
     _checks.checked_key(key)
-    listed(callback)
     if evaluate is None and (patience is not None or keep_best):
         name = "keep_best" if patience is None else "patience"
         raise ValueError(f"`{name}` needs evaluations: pass `evaluate` too, or omit `{name}`.")

@@ -166,7 +166,7 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
     init_key, key = jax.random.split(key)
     estimator = parts.estimator_at(jnp.int32(0))
-    with _checks.explained_tasks():
+    with _checks.explained_tasks(tasks):
         estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
         estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)

@@ -68,6 +68,10 @@ def test_an_outer_loss_without_a_derivative_is_only_evaluated(outer_loss):
     assert diagnosis.findings == [] and diagnosis.checked[1] == "the outer loss at the end"
 
 
+def _without_derivative(residual, cotangent):
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize("filtering", ["off", "quiet_remove_frames"])
 def test_an_error_in_a_derivative_rule_of_the_caller_is_raised(filtering):
     @jax.custom_vjp
@@ -87,6 +91,8 @@ def test_an_error_in_a_derivative_rule_of_the_caller_is_raised(filtering):
             hypergrad.diagnose(problem, jnp.array(0.0), problems.TASK, num_steps=2)
         arguments = inner.problem(problem.loop, loop), jnp.array(0.0), problems.TASK, jax.random.key(0)
         assert not _perturbed_run.has_gradient(*arguments)
+        norm.defvjp(lambda params: (norm(params), None), _without_derivative)
+        assert not _perturbed_run.has_gradient(problem, *arguments[1:])
     finally:
         jax.config.update("jax_traceback_filtering", former)
 

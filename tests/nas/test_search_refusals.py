@@ -453,13 +453,25 @@ def test_refusals(call, message):
 
 def test_a_sampler_and_an_augmentation_may_cut_rows():
     rows = {"x": np.ones((12, 8, 2)), "y": LABELS}
-    cut = lambda key, step, data: {**data, "x": data["x"][:, :6]}
+    rows["y"] = LABELS[:, None]
+    cut = lambda key, step, data: {"x": data["x"][:, :6], "y": data["y"][:, 0]}
     outer_batch = lambda key, task: cut(key, 0, task.valid)
     search = nas.darts(SPACE, (6, 2), ops=nas.BLOCKS, order="first", sampler=cut, outer_batch=outer_batch)
     recipe = retraining(augment=(lambda key, x: x[:, :6],))
-    for init in (search.estimator.init, recipe.loop.init):
-        data = base.Task(rows, rows) if init is search.estimator.init else rows
-        jax.eval_shape(lambda init=init, data=data: init(KEY, search.hyperparams(KEY), data))
+    jax.eval_shape(lambda: search.estimator.init(KEY, search.hyperparams(KEY), base.Task(rows, rows)))
+    jax.eval_shape(lambda: recipe.loop.init(KEY, search.hyperparams(KEY), {**rows, "y": LABELS}))
+
+
+def test_a_rule_over_tasks_has_a_batch_of_tasks():
+    rule = lambda problem: hypergrad.over_tasks(hypergrad.unrolled(problem, num_steps=1))
+    search = nas.architecture_search(SPACE, (6, 2), rule, ops=nas.BLOCKS)
+    rows = {"x": np.stack([ROWS] * 2), "y": np.stack([LABELS] * 2)}
+    start = lambda rows: jax.eval_shape(
+        lambda: search.estimator.init(KEY, search.hyperparams(KEY), base.Task(rows, rows))
+    )
+    start(rows)
+    with pytest.raises(ValueError, match=r"must have the shape \(N, 6, 2\)"):
+        start({**rows, "x": rows["x"][..., :1]})
 
 
 def test_warns_of_images_that_are_not_scaled():

@@ -75,7 +75,7 @@ def test_words_count_as_gaps(caplog):
 
 def test_a_share_or_a_range_that_is_not_known_gives_no_warning(caplog):
     state = tasks.fit_encoder({"a": np.arange(100) / 7}).state()
-    for entry in ("share_missing", "low", "high"):
+    for entry in ("share_missing", "low", "high", "unit"):
         del state["columns"][0][entry]
     encoder = tasks.TableEncoder.from_state(json.loads(json.dumps(state)))
     for value in (np.nan, -1e38, 1e38):

@@ -202,6 +202,17 @@ def test_dates_with_the_year_first_are_read_in_any_column_of_dates(caplog):
         np.testing.assert_array_equal(x[:3, 1], [2, 4, 2])
 
 
+def test_an_order_that_is_guessed_is_a_warning_also_next_to_other_forms(caplog):
+    years_first = [f"2019-01-{day:02}" for day in range(1, 32)]
+    for words in ([], ["unknown"]):
+        caplog.clear()
+        _, x = fitted({"t": ["05/06/2020"] * 3 + years_first + words})
+        assert x[0, 1] == 5 and "the order of day and month is ambiguous" in caplog.text
+        caplog.clear()
+        fitted({"t": ["05/06/2020", "06/13/2020"] + years_first + words})
+        assert "ambiguous" not in caplog.text
+
+
 def test_times_become_days_month_weekday_and_hour():
     times = ["2021-02-28T18:00:00", "1970-01-01T00:00:00", "2024-02-29T23:59:59", "1969-12-31T06:30:00"]
     moments = [datetime.datetime.fromisoformat(time) for time in times]

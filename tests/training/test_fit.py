@@ -115,6 +115,16 @@ def test_the_callback_is_given_floats_after_every_step():
         np.testing.assert_array_equal(column, [metrics[name] for _, metrics in calls])
 
 
+def test_a_callback_may_be_a_list_that_can_be_called():
+    class Steps(list):
+        def __call__(self, step, metrics):
+            self.append(step)
+
+    steps = Steps()
+    fit(callback=steps)
+    assert len(steps) > 1 and steps == list(range(1, len(steps) + 1))
+
+
 def test_callbacks_may_be_an_iterator():
     steps = []
     fit(callback=iter([lambda step, metrics: steps.append(step)]))  # pyright: ignore[reportArgumentType]

@@ -207,17 +207,19 @@ def check_rows(
       loss: its loss. With another loss than the default, labels may be of another kind.
       name: the name of `rows` in the error message, such as "task.train".
       rows: a dict with "x" and "y"; other values pass. Of traced arrays, only shapes and types are checked.
-      draw: `(rows) -> batch`. Inputs of another shape pass if those of a batch fit: a sampler may cut or reshape them.
+      draw: `(rows) -> batch`. Rows of another shape pass if a batch fits: a sampler may cut or reshape them.
     """
     network = supernet.network
     fits = lambda rows: "x" not in rows or np.shape(rows["x"])[1:] == supernet.in_shape
     if not isinstance(rows, Mapping):
         return
-    if not fits(rows) and not fits(jax.eval_shape(draw, rows)):
-        _supernet.check_shape(f"{name}['x']", rows["x"], supernet.in_shape)
+    has_own_labels = loss is inner.cross_entropy and isinstance(network, _specs.Network) and network.pooled
+    has_columns = lambda rows: has_own_labels and "y" in rows and np.ndim(rows["y"]) != 1  # instead of one label a row
+    batch = rows if fits(rows) and not has_columns(rows) else jax.eval_shape(draw, rows)
+    if not fits(batch):
+        _supernet.check_shape(f"{name}['x']", rows["x"], supernet.in_shape, of_task=True)
     if loss is inner.cross_entropy:
-        is_pooled = isinstance(network, _specs.Network) and network.pooled and fits(rows)  # then one label for a row
-        shape = np.shape(rows["y"])[:1] if is_pooled and "y" in rows else None
+        shape = np.shape(rows["y"])[:1] if has_columns(batch) else None
         _batches.check_labels(rows, network.num_outputs, shape, name=f"`{name}['y']`")
 
 
@@ -271,7 +273,8 @@ def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estima
         return estimator
 
     def init(key, hyperparams, task):
-        if isinstance(task, base.Task):
+        # With `over_tasks` inside the rule, this is a batch of tasks. Then the loop's `init` checks each of them.
+        if isinstance(task, base.Task) and not _is_batch_of_tasks(task, supernet.in_shape):
             draw = lambda rows: rows if outer_batch is None else outer_batch(key, task._replace(valid=rows))
             check_rows(supernet, loss, "task.train", task.train, _first_batch(sampler, key))
             check_rows(supernet, loss, "task.valid", task.valid, draw)
@@ -280,6 +283,11 @@ def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estima
         return estimator.init(key, hyperparams, task)
 
     return estimator._replace(init=init)
+
+
+def _is_batch_of_tasks(task: base.Task, in_shape: tuple[int, ...]) -> bool:
+    shape = np.shape(task.train["x"]) if isinstance(task.train, Mapping) and "x" in task.train else ()
+    return len(shape) == len(in_shape) + 2 and shape[2:] == in_shape
 
 
 def _with_keep(network: _specs.Space, keep: int | None | str) -> _specs.Space:
