@@ -8,7 +8,7 @@ hyperparameters of the shipped g, which has learned from some of these tables. S
 `learn` replaces one member of the portfolio at a time by the random settings with the smallest mean loss of the whole
 ensemble. Five folds over families show what this gains on families that it did not see.
 
-    python experiments/automl/portfolio.py collect      # two hours on two cores; goes on from `--keep`
+    python experiments/automl/portfolio.py collect      # hours on two cores; goes on from `--keep`
     python experiments/automl/portfolio.py learn        # minutes; writes results/automl_portfolio.md
     python experiments/automl/portfolio.py --smoke      # both, small; prints only
 
@@ -358,7 +358,8 @@ def main() -> None:
                 f"{problem.capitalize()}\n\n{report(Losses(load(problem, splits, args.keep)), args.seeds, num_draws)}"
             )
     if parts:
-        script.publish(__file__, "Settings of AutoML's trees, learned from records", "\n\n".join(parts), args)
+        title = "Settings of AutoML's trees, learned from records"
+        script.publish(__file__, title, "\n\n".join(parts), args, name="automl_portfolio")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to st
 
 def listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackFn]:
     """The callbacks as a list. Raises ValueError if one of them is not a function, such as the name of a file."""
-    is_one = callable(callback) or isinstance(callback, str)
-    callbacks = [callback] if is_one else list(callback or ())
+    one: Any = callback
+    callbacks = [one] if callable(callback) or isinstance(callback, str) else list(one or ())
     for one in callbacks:
         if not callable(one):
             raise ValueError(

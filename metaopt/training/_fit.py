@@ -186,11 +186,10 @@ def fit(
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
     """
-    callbacks = listed(callback)
     _check_options(key, evaluate, patience, checkpoint_dir, keep_best, keep_nonfinite)
     _check_periods(steps_per_call, eval_every=eval_every, checkpoint_every=checkpoint_every)
     hyperparams, evaluate = _initial(_to_coordinates(space, hyperparams)), _in_natural_units(space, evaluate)
-    init_key, sample_key, eval_key = jax.random.split(key, 3)
+    callbacks, (init_key, sample_key, eval_key) = listed(callback), jax.random.split(key, 3)
     steps = Steps(learner, sample_tasks, (init_key, sample_key), hyperparams, steps_per_call, space, not keep_nonfinite)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cache.compilation_cache(compilation_cache))
