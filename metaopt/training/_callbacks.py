@@ -8,8 +8,9 @@ CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to st
 
 def listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackFn]:
     """The callbacks as a list. Raises ValueError if one of them is not a function, such as the name of a file."""
-    one: Any = callback
-    callbacks = [one] if callable(callback) or isinstance(callback, str) else list(one or ())
+    given: Any = callback
+    is_one = callable(callback) or isinstance(callback, str)
+    callbacks: list[CallbackFn] = [given] if is_one else list(given or ())
     for one in callbacks:
         if not callable(one):
             raise ValueError(
