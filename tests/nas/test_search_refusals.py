@@ -472,6 +472,8 @@ def test_a_rule_over_tasks_has_a_batch_of_tasks():
     start(rows)
     with pytest.raises(ValueError, match=r"must have the shape \(N, 6, 2\)"):
         start({**rows, "x": rows["x"][..., :1]})
+    with pytest.raises(ValueError, match=r"`task.train\['y'\]` of a network with 3 outputs"):
+        start({**rows, "y": rows["y"] + 1})
 
 
 def test_warns_of_images_that_are_not_scaled():

@@ -218,9 +218,12 @@ def check_rows(
     batch = rows if fits(rows) and not has_columns(rows) else jax.eval_shape(draw, rows)
     if not fits(batch):
         _supernet.check_shape(f"{name}['x']", rows["x"], supernet.in_shape, of_task=True)
+    _check_labels(supernet, loss, name, rows, np.shape(rows["y"])[:1] if has_columns(batch) else None)
+
+
+def _check_labels(supernet, loss, name: str, rows: Any, shape: tuple[int, ...] | None = None) -> None:
     if loss is inner.cross_entropy:
-        shape = np.shape(rows["y"])[:1] if has_columns(batch) else None
-        _batches.check_labels(rows, network.num_outputs, shape, name=f"`{name}['y']`")
+        _batches.check_labels(rows, supernet.network.num_outputs, shape, name=f"`{name}['y']`")
 
 
 def _first_batch(sampler: inner.Sampler | None, key: jax.Array) -> Callable[[Any], Any]:
@@ -273,8 +276,11 @@ def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estima
         return estimator
 
     def init(key, hyperparams, task):
-        # With `over_tasks` inside the rule, this is a batch of tasks. Then the loop's `init` checks each of them.
-        if isinstance(task, base.Task) and not _is_batch_of_tasks(task, supernet.in_shape):
+        if isinstance(task, base.Task) and _is_batch_of_tasks(task, supernet.in_shape):
+            # `over_tasks` is a part of the rule. The loop's `init` checks the shapes, and this the values.
+            _check_labels(supernet, loss, "task.train", task.train)
+            _check_labels(supernet, loss, "task.valid", task.valid)
+        elif isinstance(task, base.Task):
             draw = lambda rows: rows if outer_batch is None else outer_batch(key, task._replace(valid=rows))
             check_rows(supernet, loss, "task.train", task.train, _first_batch(sampler, key))
             check_rows(supernet, loss, "task.valid", task.valid, draw)
