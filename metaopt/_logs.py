@@ -22,7 +22,9 @@ class Log(logging.LoggerAdapter):
 
 @contextlib.contextmanager
 def hold_back() -> Iterator[list[str]]:
-    """Collects the warnings of all `Log`s, of any level of the loggers. Other threads are not affected.
+    """Collects the warnings of all `Log`s, whatever levels the loggers have. Other threads are not affected.
+
+    Messages below a warning are dropped.
 
     Yields:
       The messages, in their order. The list grows while the body runs.

@@ -1,6 +1,6 @@
 """The functions that `fit` calls after each step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to stop
@@ -8,9 +8,7 @@ CallbackFn = Callable[[int, dict[str, Any]], Any]  # step, metrics -> True to st
 
 def listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackFn]:
     """The callbacks as a list. Raises ValueError if one of them is not a function, such as the name of a file."""
-    given: Any = callback
-    is_one = callable(callback) or isinstance(callback, str)
-    callbacks: list[CallbackFn] = [given] if is_one else list(given or ())
+    callbacks = _as_list(callback)
     for one in callbacks:
         if not callable(one):
             raise ValueError(
@@ -18,6 +16,14 @@ def listed(callback: CallbackFn | Sequence[CallbackFn] | None) -> list[CallbackF
                 "To write the metrics to a file, pass `training.log_to(file)`."
             )
     return callbacks
+
+
+def _as_list(given: Any) -> list[Any]:
+    if callable(given) or isinstance(given, str):
+        return [given]
+    if not given:  # also False, as in `callback=is_verbose and log`
+        return []
+    return list(given) if isinstance(given, Iterable) else [given]
 
 
 def call_all(callbacks: Sequence[CallbackFn], last_step: int, several_metrics: list[dict[str, Any]]) -> bool:

@@ -465,12 +465,18 @@ def test_a_sampler_and_an_augmentation_may_cut_rows():
 def test_a_rule_over_tasks_has_a_batch_of_tasks():
     rule = lambda problem: hypergrad.over_tasks(hypergrad.unrolled(problem, num_steps=1))
     search = nas.architecture_search(SPACE, (6, 2), rule, ops=nas.BLOCKS)
+    cut = lambda key, step, data: {**data, "x": data["x"][:, :6]}
+    cutting = nas.architecture_search(SPACE, (6, 2), rule, ops=nas.BLOCKS, sampler=cut)
     rows = {"x": np.stack([ROWS] * 2), "y": np.stack([LABELS] * 2)}
-    start = lambda rows: jax.eval_shape(
-        lambda: search.estimator.init(KEY, search.hyperparams(KEY), base.Task(rows, rows))
-    )
+    long = {**rows, "x": np.ones((2, 12, 8, 2))}
+    jax.eval_shape(lambda: cutting.estimator.init(KEY, cutting.hyperparams(KEY), base.Task(long, rows)))
+
+    def start(rows):
+        alpha, task = search.hyperparams(KEY), base.Task(rows, rows)
+        jax.eval_shape(lambda: search.estimator.estimate(alpha, task, search.estimator.init(KEY, alpha, task)))
+
     start(rows)
-    with pytest.raises(ValueError, match=r"must have the shape \(N, 6, 2\)"):
+    with pytest.raises(ValueError, match=r"`data\['x'\]` must have the shape \(N, 6, 2\); got \(12, 6, 1\)"):
         start({**rows, "x": rows["x"][..., :1]})
     with pytest.raises(ValueError, match=r"`task.train\['y'\]` of a network with 3 outputs"):
         start({**rows, "y": rows["y"] + 1})

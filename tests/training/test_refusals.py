@@ -114,6 +114,7 @@ REFUSALS = [
         r"`callback` must be a function .*; got 'run.jsonl'.*`training.log_to\(file\)`",
     ),
     (lambda: fit(callback=[len, 3]), "`callback` must be a function .*; got 3"),
+    (lambda: fit(callback=3), "`callback` must be a function .*; got 3"),
     (lambda: training.fine_tune(RIDGE)(0, PENALTY, problems.TASK), "`key` must be a random key"),
     (lambda: fit_in_space(sample_tasks=lambda key: TASKS._asdict()), r"A task must be .* got a dict with the keys"),
     (lambda: fit({"a": jnp.nan}), r"The initial `hyperparams\['a'\]` is not finite: nan"),

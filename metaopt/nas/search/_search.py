@@ -276,14 +276,16 @@ def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estima
         return estimator
 
     def init(key, hyperparams, task):
-        if isinstance(task, base.Task) and _is_batch_of_tasks(task, supernet.in_shape):
-            # `over_tasks` is a part of the rule. The loop's `init` checks the shapes, and this the values.
-            _check_labels(supernet, loss, "task.train", task.train)
-            _check_labels(supernet, loss, "task.valid", task.valid)
-        elif isinstance(task, base.Task):
-            draw = lambda rows: rows if outer_batch is None else outer_batch(key, task._replace(valid=rows))
-            check_rows(supernet, loss, "task.train", task.train, _first_batch(sampler, key))
-            check_rows(supernet, loss, "task.valid", task.valid, draw)
+        if isinstance(task, base.Task):
+            draws = {"train": _first_batch(sampler, key), "valid": lambda rows: rows}
+            if outer_batch is not None:
+                draws["valid"] = lambda rows: outer_batch(key, task._replace(valid=rows))
+            for name, draw in draws.items():
+                rows = getattr(task, name)
+                if _has_axes(rows, 1 + len(supernet.in_shape)):
+                    check_rows(supernet, loss, f"task.{name}", rows, draw)
+                else:  # perhaps a batch of tasks, if the rule has `over_tasks`; the loop's `init` checks each task
+                    _check_labels(supernet, loss, f"task.{name}", rows)
             if isinstance(task.train, Mapping):
                 _checks.warn_of_unscaled_images("`task.train['x']`", task.train.get("x"))
         return estimator.init(key, hyperparams, task)
@@ -291,9 +293,8 @@ def _checks_rows(estimator, supernet, loss, sampler, outer_batch) -> base.Estima
     return estimator._replace(init=init)
 
 
-def _is_batch_of_tasks(task: base.Task, in_shape: tuple[int, ...]) -> bool:
-    shape = np.shape(task.train["x"]) if isinstance(task.train, Mapping) and "x" in task.train else ()
-    return len(shape) == len(in_shape) + 2 and shape[2:] == in_shape
+def _has_axes(rows: Any, num_axes: int) -> bool:
+    return isinstance(rows, Mapping) and np.ndim(rows.get("x")) == num_axes
 
 
 def _with_keep(network: _specs.Space, keep: int | None | str) -> _specs.Space:
