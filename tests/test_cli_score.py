@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from metaopt import _cli
+from metaopt import _cli, _logs
 
 FAST = ["--models", "linear", "--time", 0.001]
 
@@ -112,7 +112,7 @@ def test_score_prints_the_importance_of_columns(values, score, tmp_path, capsys,
     assert head == f"how much the {score} falls if the values of a column are shuffled (mean and sd of 5 shuffles)"
     assert table[0].split() == ["column", "mean", "sd"] and table[1].split()[0] == "cause"
     labels = frame["y"].drop(index=[3, 4]).to_list()
-    with _cli._without_notes():
+    with _logs.hold_back():
         expected = load(model).importance(new.drop(index=[3, 4], columns="y").astype({"place": float}), labels)
     assert table == expected.to_string(index=False, float_format="{:.4g}".format).splitlines()
     assert caplog.text.count("has no values in any of the") == 1  # not once for each shuffle
@@ -124,14 +124,14 @@ def test_score_prints_no_importance_without_the_option(tmp_path, capsys):
     assert "importance" not in capsys.readouterr().out
 
 
-def test_predict_warns_once_of_columns_that_are_empty_in_all_rows(tmp_path, capsys, caplog):
+def test_predict_warns_once_of_columns_that_are_empty_in_all_rows(tmp_path, capsys):
     rng = np.random.default_rng(0)
     frame = pd.DataFrame(rng.normal(size=(60, 3)), columns=["a", "b", "c"]).assign(d=["u", "v"] * 30)
     model, data = fitted(tmp_path, frame.assign(y=frame["a"]), capsys)
     frame.assign(b=None, d="NA").to_csv(data, index=False)
     assert _run("predict", model, data, "--coverage", 0.9) == 0
     message = "the columns 'b', 'd' have no values in any of the 60 rows, but had values in the rows of `fit`"
-    assert caplog.messages == [message]
+    assert capsys.readouterr().err.splitlines() == [message]
 
 
 def test_a_target_in_accounting_or_with_k_is_printed_with_one_value(tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_a_target_in_accounting_or_with_k_is_printed_with_one_value(tmp_path, ca
 
 
 def test_the_remedy_of_a_target_ends_before_the_words_that_are_missing(capsys):
-    with _cli._without_notes():
+    with _logs.hold_back():
         _cli._numbers(pd.Series([f"{k}.5" for k in range(60)] + ["(7)", "unknown"], name="y", dtype=object))
     remedy = "If this is wrong, write the numbers without parentheses, k and M."
     assert capsys.readouterr().err == f"The target 'y' is text; '(7)' is read as -7. {remedy}\n"
