@@ -145,6 +145,16 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
     assert {"metaopt", "metaopt, 240 s", "metaopt without g"} < set(tables.methods(args))
 
 
+def test_weights_are_those_of_kinds_in_the_mean_over_tables():
+    splits = [tables.Split(table_of(np.arange(8) % 2), k < 2, np.arange(1), np.arange(1)) for k in range(3)]
+    fits = [{"network": 0.2, "network 3": 0.3, "linear": 0.5}, {"linear": 1.0}, {"network refined": 1.0}]
+    rows = tables.weights(splits, [{"weights": fit} for fit in fits]).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("| ").split("|")] for row in rows]
+    assert cells == [
+        ["classification", "linear", "0.75"], ["classification", "network", "0.25"], ["regression", "network", "1.00"],
+    ]  # fmt: skip
+
+
 def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_method(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     splits = [tables.Split(table_of(np.arange(8) % 2), k < 3, np.arange(1), np.arange(1)) for k in range(5)]

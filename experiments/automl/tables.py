@@ -318,6 +318,20 @@ def report(splits: list[Split], results: dict[str, list[dict]], reference: str =
     return "\n\n".join([*parts, "Ranks over both problems\n\n" + script.table(header, table)])
 
 
+def weights(splits: list[Split], results: list[dict]) -> str:
+    """A table of the mean weight of each kind of model in the ensembles."""
+    rows = []
+    for name, is_class in (("classification", True), ("regression", False)):
+        fits = [r["weights"] for split, r in zip(splits, results, strict=True) if split.is_class == is_class]
+        kinds = {model.split()[0] for fit in fits for model in fit}
+        total = {kind: sum(w for fit in fits for model, w in fit.items() if model.split()[0] == kind) for kind in kinds}
+        rows += [
+            [name, kind, f"{total[kind] / len(fits):.2f}"]
+            for kind in sorted(sorted(kinds), key=total.get, reverse=True)
+        ]
+    return script.table(["tables", "models", "mean weight"], rows)
+
+
 def plot(splits: list[Split], results: dict[str, list[dict]], path: Path) -> None:
     """Each table is a point: the loss of metaopt and that of another method; metaopt is better above the diagonal."""
     import matplotlib
@@ -422,6 +436,8 @@ def main() -> None:
     late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # older kept results have no "limit"
     text = report(splits, results, reference)
     text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
+    if args.ablations:
+        text += f"\n\n{weights(splits, results['metaopt'])}"
     if args.instant:
         text += f"\n\n{instant_seconds(splits, args)}"
     families, name = "development families" if args.development else "new families", result_name(args)
