@@ -132,7 +132,7 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
         raise Stop
 
     monkeypatch.setattr(automl, "AutoClassifier", estimator)
-    args = SimpleNamespace(ablations=False, instant=False, peers=None, time=60.0, longer=240.0)
+    args = SimpleNamespace(ablations=False, instant=False, small=False, peers=None, time=60.0, longer=240.0)
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
     chosen = tables.methods(args)
     args.instant = True
@@ -143,6 +143,25 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
     assert limits == [60.0, 240.0, 60.0]
     args.instant, args.ablations = False, True
     assert {"metaopt", "metaopt, 240 s", "metaopt without g"} < set(tables.methods(args))
+    args.ablations, args.small, args.longer = False, True, None
+    assert set(tables.methods(args)) == {"class shares or mean", "linear", "random forest", "metaopt"}
+
+
+@needs_data
+def test_the_small_tables_are_those_of_the_fifteen_below_2000_rows():
+    options = dict.fromkeys(("development", "instant", "smoke", "ablations", "fifteen", "small"), False)
+    options |= {"seed": 0, "tables": None}
+    all_15, small = (tables.load(SimpleNamespace(**options | {mode: True})) for mode in ("fifteen", "small"))
+    assert [s.table.name for s in small] == [s.table.name for s in all_15 if len(s.table.y) < 2000]
+    assert (len(all_15), len(small)) == (15, 12)
+
+
+def test_losses_are_listed_by_table():
+    splits = [tables.Split(table_of(np.arange(n) % 2, name=f"t{n}"), True, None, None) for n in (8, 12)]
+    text = tables.by_table(splits, {"a": [{"loss": 0.25}, {"loss": 0.5}], "b": [{"loss": 1.0}, {"loss": 2.0}]})
+    rows = [[cell.strip() for cell in row] for row in cells(text)]
+    assert rows[0] == ["table", "rows", "a", "b"]
+    assert rows[2:] == [["t8", "8", "0.2500", "1.0000"], ["t12", "12", "0.5000", "2.0000"]]
 
 
 def test_weights_are_those_of_kinds_in_the_mean_over_tables():
@@ -177,13 +196,13 @@ def test_pages_of_development_families_and_ablations_have_their_own_names():
     names = {
         tables.result_name(
             SimpleNamespace(
-                **dict.fromkeys(("ablations", "fifteen", "instant"), False) | {mode: True, "development": dev}
+                **dict.fromkeys(("ablations", "fifteen", "small", "instant"), False) | {mode: True, "development": dev}
             )
         )
-        for mode in ("ablations", "fifteen", "instant", "none")
+        for mode in ("ablations", "fifteen", "small", "instant", "none")
         for dev in (True, False)
     }
-    assert len(names) == 8 and "automl_tables" in names
+    assert len(names) == 10 and "automl_tables" in names
 
 
 def test_a_table_of_losses_has_differences_to_metaopt_and_ranks_over_both_problems():

@@ -7,6 +7,7 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --fifteen        # on 15 of the tables, for methods that take long
+    python experiments/automl/tables.py --small --time 240   # on those of the 15 with fewer than 2,000 rows
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on these 15
     python experiments/automl/tables.py --instant        # `instant` below 2,000 rows, without the other presets
 
@@ -74,8 +75,10 @@ def load(args) -> list[Split]:
         splits = [split for split in splits if len(split.table.y) < 2000]
     if args.smoke:
         return splits[:: max(1, len(splits) // 2)][:2]
-    if args.ablations or args.fifteen:  # evenly from the sorted families
+    if args.ablations or args.fifteen or args.small:  # evenly from the sorted families
         splits = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, 15).round().astype(int))]
+    if args.small:
+        splits = [split for split in splits if len(split.table.y) < 2000]
     return splits[: args.tables]
 
 
@@ -253,6 +256,8 @@ def methods(args) -> dict[str, Callable]:
         chosen = {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.instant:
         del chosen["metaopt"]
+    if args.small:  # the others do not depend on a limit of seconds
+        chosen = {name: chosen[name] for name in ("class shares or mean", "linear", "random forest", "metaopt")}
     if args.longer is not None:
         chosen[f"metaopt, {args.longer:g} s"] = functools.partial(auto, limit=args.longer)
     if args.peers is not None:
@@ -301,13 +306,8 @@ def report(splits: list[Split], results: dict[str, list[dict]], reference: str =
             seconds = [np.mean([results[name][i].get(part, 0.0) for i in rows]) for part in ("fit", "predict")]
             by_size = [f"{values[m].mean():.4f}" if m.any() else "" for m in inside.values()]
             difference = _interval(values - losses[reference])
-            cells = [
-                f"{values.mean():.4f}",
-                f"{mean_ranks[name]:.2f}",
-                *by_size,
-                f"{seconds[0]:.1f}",
-                f"{seconds[1]:.2f}",
-            ]
+            cells = [f"{values.mean():.4f}", f"{mean_ranks[name]:.2f}", *by_size]
+            cells += [f"{seconds[0]:.1f}", f"{seconds[1]:.2f}"]
             table.append([name, *cells, difference])
         parts.append(("Classification" if is_class else "Regression") + "\n\n" + script.table(header, table))
     joined = dict(zip(results, np.concatenate(ranks, axis=1), strict=True))
@@ -316,6 +316,16 @@ def report(splits: list[Split], results: dict[str, list[dict]], reference: str =
     ]
     header = [f"all {len(splits)} tables", "mean rank", f"difference to {reference} [95 %]"]
     return "\n\n".join([*parts, "Ranks over both problems\n\n" + script.table(header, table)])
+
+
+def by_table(splits: list[Split], results: dict[str, list[dict]]) -> str:
+    """A table of the loss of each method on each table."""
+    header = ["table", "rows", *results]
+    rows = [
+        [split.table.name, str(len(split.table.y)), *(f"{values[i]['loss']:.4f}" for values in results.values())]
+        for i, split in enumerate(splits)
+    ]
+    return "Loss by table\n\n" + script.table(header, rows)
 
 
 def weights(splits: list[Split], results: list[dict]) -> str:
@@ -406,9 +416,8 @@ def main() -> None:
     parser = script.parser(__doc__, num_seeds=1)
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
     parser.add_argument("--fifteen", action="store_true", help="only fifteen of the tables")
-    parser.add_argument(
-        "--ablations", action="store_true", help="the estimator without one of its parts, on the fifteen"
-    )
+    parser.add_argument("--ablations", action="store_true", help="the estimator without one part, on the fifteen")
+    parser.add_argument("--small", action="store_true", help="those of the fifteen with fewer than 2,000 rows")
     parser.add_argument("--instant", action="store_true", help="`instant` below 2,000 rows, without other presets")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--longer", type=float, default=None, help="add metaopt with this limit of seconds")
@@ -436,6 +445,8 @@ def main() -> None:
     late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # older kept results have no "limit"
     text = report(splits, results, reference)
     text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
+    if args.small:
+        text += f"\n\n{by_table(splits, results)}"
     if args.ablations:
         text += f"\n\n{weights(splits, results['metaopt'])}"
     if args.instant:
@@ -444,7 +455,7 @@ def main() -> None:
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke:
         path = args.out / f"{name}.png"
-        if args.ablations or args.fifteen or args.instant:
+        if args.ablations or args.fifteen or args.small or args.instant:
             plot_differences(splits, results, reference, path)
         else:
             plot(splits, results, path)
@@ -452,7 +463,7 @@ def main() -> None:
 
 def result_name(args) -> str:
     """Returns the name of the page; development families have a separate one."""
-    modes = ("ablations", "fifteen", "instant")
+    modes = ("ablations", "fifteen", "small", "instant")
     name = next((f"automl_{mode}" for mode in modes if getattr(args, mode)), "automl_tables")
     return name + ("_development" if args.development else "")
 
