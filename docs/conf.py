@@ -89,10 +89,18 @@ def visit_math(writer, node):
     A process that writes a part of the pages may end with an error without a word. A warning ends the build with `-W`.
     """
     try:
-        writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
+        formula = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+        writer.body.append(_numbered(node, formula) if node.get("number") else formula)
     except math.MathError as error:
         logger.warning("%s in the formula %r. Write a dollar as code.", error, node.astext(), location=node)
     raise nodes.SkipNode
+
+
+def _numbered(node, formula):
+    """The HTML of a formula with a label, such as `$$ ... $$ (1)`. Sphinx numbers these formulas on each page."""
+    name, number = node["ids"][0], node["number"]
+    link = f'<a class="headerlink" href="#{name}" title="Link to this equation">#</a>'
+    return f'<div id="{name}"><span class="eqno">({number}){link}</span>{formula}</div>'
 
 
 def setup(app):

@@ -13,7 +13,7 @@ import jupytext
 import nbformat
 
 ROOT = Path(__file__).parents[1]
-REPOSITORY = "https://github.com/OWNER/metaopt.git"  # nothing is published yet: the address of a copy goes here
+REPOSITORY = "https://github.com/OWNER/metaopt.git"  # no copy has a public address yet
 PAGES = {
     "start_here": "docs/start_here.md",
     "few_shot": "docs/how_to/few_shot_images.md",
@@ -24,19 +24,37 @@ PAGES = {
 }
 WITH_RECORDS = ("forest_for_new_table", "conv_nets")
 
-INSTALL = f"""\
+INSTALL = """\
+import importlib.util
 from pathlib import Path
 
-REPOSITORY = "{REPOSITORY}"
-try:
-    import metaopt
-except ImportError:
+# Replace OWNER: REPOSITORY is the Git address of a copy of metaopt. Or upload a clone to this
+# machine, and set REPOSITORY to its folder, such as "/content/metaopt".
+REPOSITORY = "{repository}"
+
+spec = importlib.util.find_spec("metaopt")
+if spec is None or spec.origin is None:  # a folder that is only called metaopt has no origin
+    extras = "examples,optuna,records"
     if Path("../metaopt/base.py").is_file():  # this notebook lies in a clone
-        %pip install -q "..[examples,optuna,records]"
+        REPOSITORY = ".."
+    if Path(REPOSITORY, "pyproject.toml").is_file():
+        requirement = f"{Path(REPOSITORY).resolve()}[{extras}]"
+    elif "://" in REPOSITORY and "OWNER" not in REPOSITORY:
+        requirement = f"metaopt-jax[{extras}] @ git+{REPOSITORY}"
     else:
-        %pip install -q "metaopt-jax[examples,optuna,records] @ git+{{REPOSITORY}}"
-    import metaopt
-print("metaopt", metaopt.__version__)"""
+        raise ValueError(
+            f"metaopt is not installed, and REPOSITORY, {REPOSITORY!r}, is not the address of a copy. "
+            "Set it in this cell: replace OWNER, or upload a clone and give its folder."
+        )
+    %pip install -q "{requirement}"
+
+import jax
+
+import metaopt
+
+print("metaopt", metaopt.__version__, "with jax", jax.__version__)""".replace("{repository}", REPOSITORY)
+DEVICES = """
+print("devices:", jax.devices())"""
 
 
 def cells_of(page: str) -> list[nbformat.NotebookNode]:
@@ -49,7 +67,8 @@ def cells_of(page: str) -> list[nbformat.NotebookNode]:
 def notebook(page: str) -> nbformat.NotebookNode:
     """The notebook of a page: without outputs, with the cell that installs metaopt, and with links from `colab/`."""
     cells, new = cells_of(page), nbformat.v4
-    written = [new.new_code_cell(INSTALL)]
+    sets_devices = any("jax_num_cpu_devices" in cell.source for cell in cells)  # only before `jax.devices()`
+    written = [new.new_code_cell(INSTALL if sets_devices else INSTALL + DEVICES)]
     for cell in cells:
         make = new.new_code_cell if cell.cell_type == "code" else new.new_markdown_cell
         written.append(make(cell.source if cell.cell_type == "code" else relinked(cell.source, page)))

@@ -27,6 +27,8 @@ exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor
 """
 
 _MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
+_AUTOML_PACKAGES = ("scikit-learn", "pandas", "joblib", "cloudpickle", "skops", "lightgbm", "xgboost")
+_MISSING = "is not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=layout,
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    columns: Any = {"nargs": "+", "action": "extend", "metavar": "COLUMN", "default": []}
 
     fit = commands.add_parser("fit", help="fit models to a CSV file and save them")
     fit.add_argument("data", type=Path, help="a CSV file with a header")
@@ -88,14 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--order", help="a column of times: models are validated on later rows; the column is not a feature"
     )
-    fit.add_argument(
-        "--drop",
-        nargs="+",
-        action="extend",
-        metavar="COLUMN",
-        default=[],
-        help="columns that are not features, such as a leak of the target",
-    )
+    fit.add_argument("--drop", **columns, help="columns that are not features, such as a leak of the target")
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
 
@@ -109,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also write, for each row, an interval (lower, upper) or a set of labels that contains the true value "
         "with this probability, such as 0.9",
     )
+    predict.add_argument("--keep", **columns, help="columns, such as an id, to copy to the front of the output")
     predict.add_argument(
         "--strict",
         action="store_true",
@@ -186,29 +183,48 @@ def _predict(options: argparse.Namespace) -> int:
     model = _load(options.model)
     if options.out is not None:
         _check_out(options.out, options.data, options.model)
-    frame = _read_rows(options.data, model)
+    frame, kept = _read_rows(options.data, model), _kept(options.data, options.keep)
     with _logs.hold_back() as messages:
         try:
-            result = pandas.DataFrame({"prediction": model.predict(frame)})
+            columns = _prediction_columns(model, frame, options.coverage)
         finally:
             for message in messages:
                 print(message, file=sys.stderr)
     if options.strict and messages:
         print("metaopt: no predictions are written, because `--strict` does not allow warnings.", file=sys.stderr)
         return 4
-    with _logs.hold_back():  # `predict` has logged the same warnings
-        if hasattr(model, "predict_proba"):
-            for label, column in zip(model.classes_, model.predict_proba(frame).T, strict=True):
-                result[f"probability of {label}"] = column
-        if options.coverage is not None and hasattr(model, "predict_set"):
-            for label, column in zip(
-                model.classes_, model.predict_set(frame, coverage=options.coverage).T, strict=True
-            ):
-                result[f"{label} in the set"] = column
-        elif options.coverage is not None:
-            result[["lower", "upper"]] = model.predict_interval(frame, coverage=options.coverage)
+    if clash := [name for name in kept if name in columns]:
+        raise ValueError(
+            f"`--keep` cannot copy {clash[0]!r}: predictions have a column of this name. Rename it in {options.data}."
+        )
+    result = pandas.DataFrame(kept | columns)
     result.to_csv(sys.stdout if options.out is None else options.out, index=False)
     return 0
+
+
+def _prediction_columns(model: Any, frame: Any, coverage: float | None) -> dict[str, Any]:
+    """The columns that `metaopt predict` writes, by name. The models predict the rows only once."""
+    if not hasattr(model, "predict_proba"):
+        columns = {"prediction": model.predict(frame)}
+        if coverage is not None:
+            columns["lower"], columns["upper"] = model._intervals(columns["prediction"], coverage).T
+        return columns
+    probabilities = model.predict_proba(frame)
+    columns = {"prediction": model._labels(probabilities)}
+    columns |= {f"probability of {c}": p for c, p in zip(model.classes_, probabilities.T, strict=True)}
+    if coverage is not None:
+        sets = model._label_sets(probabilities, coverage)
+        columns |= {f"{c} in the set": inside for c, inside in zip(model.classes_, sets.T, strict=True)}
+    return columns
+
+
+def _kept(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The columns of `--keep` by name, as texts: "007" is not a number here."""
+    if not names:
+        return {}
+    frame = _read(path, names)
+    _check_columns(path, frame, names)
+    return {name: frame[name] for name in names}
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -290,8 +306,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
     del options
     print(f"Python {platform.python_version()}")
-    for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn", "lightgbm", "xgboost"):
+    for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy"):
         print(package, _version(package))
+    for package in (*_AUTOML_PACKAGES, "catboost"):
+        version, extra = _version(package), "catboost" if package == "catboost" else "automl"
+        print(package, f'{version}; the extra "{extra}" installs it' if version == _MISSING else version)
     names = [dict.fromkeys((device.platform, device.device_kind)) for device in jax.devices()]  # "cpu" is both
     print("devices:", ", ".join(map(" ".join, names)))
 
@@ -317,7 +336,7 @@ def _version(package: str) -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return "is not installed"
+    return _MISSING
 
 
 def _require_packages() -> Any:

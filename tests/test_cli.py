@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn import datasets
+from sklearn import datasets, linear_model
 
 from metaopt import _cli
 
@@ -120,6 +120,22 @@ def test_the_doctor_checks_a_gradient_on_this_machine(capsys):
     assert "devices: cpu" in out and "passed" in out
 
 
+def test_the_doctor_lists_packages_that_are_not_installed(monkeypatch, capsys):
+    version = importlib.metadata.version
+
+    def without(name):
+        if name in ("skops", "catboost"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert _cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'skops is not installed; the extra "automl" installs it' in lines
+    assert 'catboost is not installed; the extra "catboost" installs it' in lines
+    assert all(f"{name} {version(name)}" in lines for name in ("pandas", "joblib", "cloudpickle"))
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
@@ -205,6 +221,44 @@ def test_with_strict_a_file_with_warnings_gives_code_4_and_no_predictions(shop, 
     assert _run(*predict, far, "--strict") == 4 and capsys.readouterr().out == ""
     assert _run(*predict, far, "--out", out) == 0 and out.read_bytes() != before
     assert capsys.readouterr().err.splitlines() == [warning]
+
+
+def test_kept_columns_are_copied_to_the_front_of_the_output(shop, capsys):
+    folder, frame = shop
+    model, new, out = folder / "model.npz", folder / "kept.csv", folder / "p.csv"
+    rows = frame.head(12).assign(name=[f"{k:03}" if k else "" for k in range(12)], size="1.50", lower=0)
+    rows.to_csv(new, index=False)
+    assert _run("predict", model, new, "--coverage", 0.9, "--keep", "name", "size", "--keep", "code", "--out", out) == 0
+    table = pd.read_csv(out, dtype=str, keep_default_na=False)
+    assert list(table.columns) == ["name", "size", "code", "prediction", "lower", "upper"]
+    assert all(table[name].tolist() == rows[name].tolist() for name in ("name", "size", "code"))
+    before = out.read_bytes()
+    for options, message in (
+        (["--keep", "number"], "kept.csv has no column 'number'; it has id, code"),
+        (
+            ["--coverage", 0.9, "--keep", "lower"],
+            "`--keep` cannot copy 'lower': predictions have a column of this name",
+        ),
+    ):
+        assert _run("predict", model, new, *options, "--out", out) == 1 and out.read_bytes() == before
+        assert message in capsys.readouterr().err
+    assert _run("predict", model, new, "--keep", "lower", "--out", out) == 0  # without intervals
+    assert list(pd.read_csv(out).columns) == ["lower", "prediction"]
+
+
+@pytest.mark.parametrize("options", [[], ["--coverage", 0.9]])
+def test_predict_calls_each_model_once(options, files, tmp_path, monkeypatch):
+    train = [files[0] / "train.csv", "--target", "target", "--out", tmp_path / "m.npz", "--models", "linear"]
+    assert _run("fit", *train, "--time", 0.001) == 0
+    num_rows, predict_proba = [], linear_model.LogisticRegression.predict_proba
+
+    def counted(self, X):
+        num_rows.append(len(X))
+        return predict_proba(self, X)
+
+    monkeypatch.setattr(linear_model.LogisticRegression, "predict_proba", counted)
+    assert _run("predict", tmp_path / "m.npz", files[0] / "new.csv", *options) == 0
+    assert num_rows == [2] * 8 + [75] * 8  # of the check of the file, and of the new rows
 
 
 def test_the_delimiter_of_a_file_with_one_row_is_that_of_its_header(shop, capsys):

@@ -145,6 +145,6 @@ def has_needed_columns(X, fitted_names: np.ndarray | None, encoder: tasks.TableE
         raise ValueError(
             "The feature names should match those that were passed during fit.\n"
             "Feature names must be in the same order as they were in fit.\n"
-            "`X[model.feature_names_in_]` has this order."
+            "`X[[name for name in model.feature_names_in_ if name in X.columns]]` has this order."
         )
     return True

@@ -63,7 +63,9 @@ class AutoClusterer(ClusterMixin, TableEstimator):
       >>> from sklearn.datasets import make_blobs
       >>> from metaopt import automl
       >>> X, y = make_blobs(120, centers=3, random_state=0, cluster_std=0.5)
-      >>> model = automl.AutoClusterer(max_clusters=5, algorithms=("kmeans", "agglomerative")).fit(X)
+      >>> model = automl.AutoClusterer(
+      ...     max_clusters=5, algorithms=("kmeans", "agglomerative")
+      ... ).fit(X)
       >>> model.n_clusters_, model.predict(X[:4]).shape
       (3, (4,))
     """

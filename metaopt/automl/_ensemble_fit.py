@@ -1,6 +1,7 @@
 """The algorithm behind `AutoClassifier` and `AutoRegressor`: folds, members, weights and calibration."""
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from metaopt.automl._kinds import FoldData
 from metaopt.automl._portfolio import Member
 from metaopt.automl._rows import Split, TrainingRows, repeated, split_rows
 from metaopt.automl._time_model import TimeModel
+
+# A prediction changes settings of warnings and of thread pools for the whole process. If two threads predicted at a
+# time, they could restore these settings in the wrong order.
+_PREDICTING = threading.Lock()
 
 
 class FittedMember(NamedTuple):
@@ -146,6 +151,8 @@ def fit_ensemble(
 def predict_ensemble(fitted: FittedEnsemble, x: np.ndarray) -> np.ndarray:
     """Predicts rows: the weighted mean over members of the means over folds, calibrated.
 
+    Calls of several threads run one after another.
+
     Args:
       fitted: the result of `fit_ensemble`.
       x: [n, d].
@@ -155,12 +162,13 @@ def predict_ensemble(fitted: FittedEnsemble, x: np.ndarray) -> np.ndarray:
     """
     shape = (len(x), fitted.num_classes) if fitted.num_classes else (len(x),)
     total = np.zeros(shape)
-    for i, inputs in enumerate(fitted.inputs):
-        views = apply_inputs(inputs, x)
-        for member in fitted.members:
-            if member.weight:
-                predicted = _predict_model(member.member.kind, member.models[i], views, fitted.classes[i])
-                total += member.weight * _all_classes(predicted, fitted.classes[i], fitted.num_classes)
+    with _PREDICTING:
+        for i, inputs in enumerate(fitted.inputs):
+            views = apply_inputs(inputs, x)
+            for member in fitted.members:
+                if member.weight:
+                    predicted = _predict_model(member.member.kind, member.models[i], views, fitted.classes[i])
+                    total += member.weight * _all_classes(predicted, fitted.classes[i], fitted.num_classes)
     mean = total / len(fitted.inputs)
     if not fitted.num_classes:
         return mean

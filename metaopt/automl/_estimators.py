@@ -316,7 +316,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
       >>> from sklearn.datasets import load_wine
       >>> from metaopt import automl
       >>> X, y = load_wine(return_X_y=True, as_frame=True)
-      >>> model = automl.AutoClassifier(models=("linear", "extra_trees"), time_limit=None).fit(X[::2], y[::2])
+      >>> model = automl.AutoClassifier(
+      ...     models=("linear", "extra_trees"), time_limit=None
+      ... ).fit(X[::2], y[::2])
       >>> bool(model.score(X[1::2], y[1::2]) > 0.9)
       True
     """
@@ -329,8 +331,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
 
     def predict(self, X) -> np.ndarray:
         """Returns the most probable label of each row, [n]."""
-        best = self.predict_proba(X).argmax(axis=1)
-        return self.classes_[best]
+        return self._labels(self.predict_proba(X))
 
     def predict_set(self, X, *, coverage: float = 0.9) -> np.ndarray:
         """Returns a set of labels for each row. The set contains the true label with a given probability.
@@ -348,7 +349,12 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
         Returns:
           [n, C] bool, in the order of `classes_`. The most probable label is always in the set.
         """
-        probabilities = self.predict_proba(X)
+        return self._label_sets(self.predict_proba(X), coverage)
+
+    def _labels(self, probabilities: np.ndarray) -> np.ndarray:
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    def _label_sets(self, probabilities: np.ndarray, coverage: float) -> np.ndarray:
         scores, weight = self.nonconformity_
         threshold = _ensemble.conformal_threshold(scores, weight, _fraction(coverage))
         inside = 1 - probabilities <= threshold
@@ -391,17 +397,16 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
     """A regressor for tables that chooses and combines models within a time limit.
 
     It works like `AutoClassifier`, with a Gaussian process among its models. On more than 2,000 rows, this process uses
-    a sample of 2,000; 300 of them choose its length scales. The network classifies rows by ten intervals of the target,
-    with the hyperparameters that g predicts for this classification. Its prediction is the mean of the intervals' mean
-    targets, weighted by their probabilities. The ends of the intervals are quantiles of the targets of all rows. No g
-    is trained for regression yet.
+    a sample of 2,000; 300 of them choose its length scales. The network classifies rows by up to ten intervals of the
+    target, with hyperparameters of a g that has learned from such tasks (`shipped_predictor("regression")`). Its
+    prediction is the mean of the intervals' mean targets, weighted by their probabilities. The ends of the intervals
+    are quantiles of the targets of all rows.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
       preset: "instant", "balanced" or "best".
       eval_metric: "rmse" (default), "mae" or "r2": the score that the weights maximize.
-      models: the kinds of models to use, as for `AutoClassifier`, and "gaussian_process". None uses all that are
-        installed.
+      models: the kinds of models to use, as for `AutoClassifier`, and "gaussian_process", which None also uses.
       n_jobs: the number of fits at a time; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
@@ -417,7 +422,9 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
       >>> from sklearn.datasets import load_diabetes
       >>> from metaopt import automl
       >>> X, y = load_diabetes(return_X_y=True, as_frame=True)
-      >>> model = automl.AutoRegressor(models=("linear", "extra_trees"), time_limit=None).fit(X[::2], y[::2])
+      >>> model = automl.AutoRegressor(models=("linear", "extra_trees"), time_limit=None).fit(
+      ...     X[::2], y[::2]
+      ... )
       >>> bool(model.score(X[1::2], y[1::2]) > 0.4)
       True
     """
@@ -426,8 +433,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
     def predict(self, X) -> np.ndarray:
         """Returns the predicted target of each row, [n]."""
-        predicted = self._predict_ensemble(X)
-        return self.mean_ + self.scale_ * predicted
+        return self.mean_ + self.scale_ * self._predict_ensemble(X)
 
     def predict_interval(self, X, *, coverage: float = 0.9) -> np.ndarray:
         """Returns an interval for each row. The interval contains the true target with a given probability.
@@ -444,7 +450,9 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
         Returns:
           [n, 2] lower and upper ends.
         """
-        predicted = self.predict(X)
+        return self._intervals(self.predict(X), coverage)
+
+    def _intervals(self, predicted: np.ndarray, coverage: float) -> np.ndarray:
         scores, weight = self.nonconformity_
         half = self.scale_ * _ensemble.conformal_threshold(scores, weight, _fraction(coverage))
         return np.stack([predicted - half, predicted + half], axis=1)

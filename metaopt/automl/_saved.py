@@ -1,6 +1,7 @@
 """Saving of fitted estimators as one file: JSON, arrays, and models in the formats of their libraries. No pickle."""
 
 import platform
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from metaopt.automl._portfolio import Member
 from metaopt.automl._report import report_frame
 from metaopt.automl._score_error import ScoreError
 from metaopt.automl._tabular_model import decode_labels, encode_labels
+
+_LIBRARIES = ("sklearn", "lightgbm", "xgboost")  # some models are in their formats, which change between versions
 
 
 def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,9 +36,11 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         members.append(fields | {"num_models": len(member.models)})
         for i, model in enumerate(member.models):
             arrays |= _encode_model(f"{member.member.name} {i}: ", member.member.kind, model)
+    arrays["odd_predictions"] = predict_ensemble(ensemble, _table_estimator.odd_rows(estimator))
     header = {
         **shared,
         "python": platform.python_version(),
+        "versions": _versions(),
         "target_name": estimator.target_name_,
         "group_name": estimator.group_name_,
         "target_encoder": None if estimator.target_encoder_ is None else estimator.target_encoder_.state(),
@@ -65,7 +70,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     members = []
     for fields in parts["members"]:
         name, kind, settings = fields["member"]
-        models = [_decode_model(f"{name} {i}: ", kind, file) for i in range(int(fields["num_models"]))]
+        models = [_decode_model(f"{name} {i}: ", kind, header, file) for i in range(int(fields["num_models"]))]
         if models and len(models) != num_folds:
             raise ValueError(f"the model {name} has {len(models)} folds, and there are {num_folds}")
         numbers = {key: float(fields[key]) for key in ("score", "weight", "fit_seconds", "predict_seconds")}
@@ -80,7 +85,7 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
         num_classes,
         float(parts["score"]),
     )
-    _check_prediction(estimator)
+    _check_prediction(estimator, header, file)
     estimator.nonconformity_ = file["nonconformity"]
     if estimator.nonconformity_.ndim != 2 or len(estimator.nonconformity_) != 2:
         raise ValueError("its nonconformity scores must be [2, n]: scores and weights")
@@ -101,16 +106,38 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     return estimator
 
 
-def _check_prediction(estimator: Any) -> None:
-    """Raises ValueError unless the parts of a loaded estimator fit each other: it predicts two rows."""
+def _check_prediction(estimator: Any, header: dict[str, Any], file: _files.Npz) -> None:
+    """Raises ValueError unless a loaded estimator predicts two rows as it did when it was saved.
+
+    Its parts may not fit each other. Or a library may read the format of its other versions wrongly: XGBoost 2.1 reads
+    files of XGBoost 3.4 without an error, and predicts other values.
+    """
     ensemble = estimator.ensemble_
     shape = (2, ensemble.num_classes) if ensemble.num_classes else (2,)
     try:
         predicted = predict_ensemble(ensemble, _table_estimator.odd_rows(estimator))
     except Exception as error:
-        raise ValueError(f"its models, columns and classes do not fit each other: {error}") from error
+        note = _note_of_versions(header)
+        raise ValueError(f"its models, columns and classes do not fit each other: {error}{note}") from error
     if predicted.shape != shape or not np.isfinite(predicted).all():
         raise ValueError("its predictions are not finite numbers, one for each row and class")
+    if "odd_predictions" in file and not np.allclose(predicted, file["odd_predictions"], rtol=1e-3, atol=1e-4):
+        raise ValueError(f"its models predict other values than when they were saved{_note_of_versions(header)}")
+
+
+def _versions() -> dict[str, str]:
+    """Module -> version, of the libraries that are imported."""
+    return {name: str(sys.modules[name].__version__) for name in _LIBRARIES if name in sys.modules}
+
+
+def _note_of_versions(header: dict[str, Any]) -> str:
+    """The end of a message: the libraries that had other versions when the file was saved, if any."""
+    saved, here = header.get("versions", {}), _versions()
+    other = [name for name in here if saved.get(name, here[name]) != here[name]]
+    if not other:
+        return ""
+    listed = lambda versions: ", ".join(f"{name} {versions[name]}" for name in other)
+    return f" (it was saved with {listed(saved)}; install these versions, here are {listed(here)})"
 
 
 def _encode_inputs(prefix: str, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -139,16 +166,19 @@ def _encode_model(prefix: str, kind: str, model: Any) -> dict[str, np.ndarray]:
     return arrays if model.centers is None else arrays | {f"{prefix}centers": model.centers}
 
 
-def _decode_model(prefix: str, kind: str, file: _files.Npz) -> Any:
+def _decode_model(prefix: str, kind: str, header: dict[str, Any], file: _files.Npz) -> Any:
     if kind != "network":
         data = file[f"{prefix}model"].tobytes()
         try:
             return _kinds.KINDS[kind].loads(data) if data else None
         except ImportError as error:
-            extra = "catboost" if kind == "catboost" else "automl"
-            raise ImportError(f"The file has a model {kind}: {_extras.hint(extra)} ({error}).") from error
+            if note := _note_of_versions(header):  # the library is installed, but lacks a part that another version has
+                raise ValueError(f"its model {prefix.rstrip(': ')} cannot be read: {error}{note}") from error
+            raise ImportError(f"The file has a model {kind}: {_extras.hint('automl')} ({error}).") from error
         except Exception as error:  # each library has its own types of errors
-            raise ValueError(f"its model {prefix.rstrip(': ')} cannot be read: {error}") from error
+            raise ValueError(
+                f"its model {prefix.rstrip(': ')} cannot be read: {error}{_note_of_versions(header)}"
+            ) from error
     params = {key: file[f"{prefix}params.{key}"] for key in ("hidden", "bias", "output", "output_bias", "linear")}
     names = ("hinge_scale", "hidden_scale", "output_scale", "linear_scale")
     scales = {key: float(file[f"{prefix}scales.{key}"]) for key in names}

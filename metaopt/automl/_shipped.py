@@ -80,7 +80,11 @@ def predict_hyperparams(table: Any, target: Any = None, *, seed: int = 0) -> bas
 
       From a frame and the name of its target, here a dict of columns:
 
-      >>> frame = {"size": [1.5, 2.5, 3.5] * 20, "color": ["red", "blue"] * 30, "sold": ["no", "no", "yes", None] * 15}
+      >>> frame = {
+      ...     "size": [1.5, 2.5, 3.5] * 20,
+      ...     "color": ["red", "blue"] * 30,
+      ...     "sold": ["no", "no", "yes", None] * 15,
+      ... }
       >>> hyperparams = automl.predict_hyperparams(frame, "sold")
       >>> sorted(hyperparams) == sorted(automl.tabular_network().space)
       True

@@ -27,12 +27,20 @@ class TabularModel(NamedTuple):
 
     >>> import jax
     >>> from metaopt import automl, spaces, tasks
-    >>> frame = {"size": [1.5, 2.5, 3.5, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes"] * 10}
+    >>> frame = {
+    ...     "size": [1.5, 2.5, 3.5, 4.5] * 5,
+    ...     "color": ["red", "blue"] * 10,
+    ...     "sold": ["no", "yes"] * 10,
+    ... }
     >>> table = tasks.prepare(frame, "sold", test_fraction=0.0)
     >>> network = automl.tabular_network(num_steps=5)
     >>> hyperparams = spaces.default(network.space)
-    >>> params = automl.train(network, jax.random.key(0), hyperparams, automl.tabular_task(table))
-    >>> model = automl.TabularModel(params, hyperparams, table.encoder, table.columns, table.classes)
+    >>> params = automl.train(
+    ...     network, jax.random.key(0), hyperparams, automl.tabular_task(table)
+    ... )
+    >>> model = automl.TabularModel(
+    ...     params, hyperparams, table.encoder, table.columns, table.classes
+    ... )
     >>> model.predict_proba({"size": [2.0, 1.0], "color": ["red", "blue"]}).shape
     (2, 2)
     """

@@ -88,7 +88,10 @@ def asha(
     >>> trials, state = searcher.ask(state, 2)
     >>> [trial.fidelity for trial in trials]
     [0.5, 0.5]
-    >>> told = [trial._replace(status="COMPLETE", outcome=trial.configuration["x"]) for trial in trials]
+    >>> told = [
+    ...     trial._replace(status="COMPLETE", outcome=trial.configuration["x"])
+    ...     for trial in trials
+    ... ]
     >>> (best,), state = searcher.ask(searcher.tell(state, told), 1)
     >>> best.fidelity, best.trial == min(told, key=lambda record: record.outcome).trial
     (1.0, True)

@@ -56,9 +56,14 @@ def regularized_evolution(*, population_size: int = 100, sample_size: int = 25) 
     >>> import jax
     >>> from metaopt import blackbox, spaces
     >>> searcher = blackbox.regularized_evolution(population_size=2, sample_size=1)
-    >>> state = searcher.init(jax.random.key(0), {"edge0": spaces.integer(0, 4), "edge1": spaces.integer(0, 4)})
+    >>> state = searcher.init(
+    ...     jax.random.key(0),
+    ...     {"edge0": spaces.integer(0, 4), "edge1": spaces.integer(0, 4)},
+    ... )
     >>> trials, state = searcher.ask(state, 2)
-    >>> state = searcher.tell(state, [trial._replace(outcome=0.1, status="COMPLETE") for trial in trials])
+    >>> state = searcher.tell(
+    ...     state, [trial._replace(outcome=0.1, status="COMPLETE") for trial in trials]
+    ... )
     >>> (child,), state = searcher.ask(state, 1)
     >>> sorted(child.configuration), child.trial
     (['edge0', 'edge1'], 2)

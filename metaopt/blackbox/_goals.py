@@ -211,10 +211,19 @@ def best_records(
 
     >>> from metaopt import base, blackbox
     >>> trials = [("a", 0.1, 9.0), ("b", 0.2, 3.0), ("c", 0.3, 4.0)]
-    >>> records = [base.Record("t", {"x": x}, e, outcomes={"error": e, "size": s}) for x, e, s in trials]
-    >>> [record.configuration["x"] for record in blackbox.best_records(records, ("error", "size"))]
+    >>> records = [
+    ...     base.Record("t", {"x": x}, e, outcomes={"error": e, "size": s})
+    ...     for x, e, s in trials
+    ... ]
+    >>> [
+    ...     record.configuration["x"]
+    ...     for record in blackbox.best_records(records, ("error", "size"))
+    ... ]
     ['a', 'b']
-    >>> [record.configuration["x"] for record in blackbox.best_records(records, constraints={"size": 5.0})]
+    >>> [
+    ...     record.configuration["x"]
+    ...     for record in blackbox.best_records(records, constraints={"size": 5.0})
+    ... ]
     ['b']
     """
     goals = make_goals(objectives, constraints) or Goals((), {})

@@ -186,12 +186,17 @@ def train_meta_optimizer(
     >>> from metaopt import blackbox, spaces
     >>> from metaopt.base import Record
     >>> space = {"x": spaces.interval(0.0, 1.0)}
-    >>> bests = {f"task {i}": i / 29 for i in range(30)}  # here a task's feature says where its best is
+    >>> # here a task's feature says where its best is
+    >>> bests = {f"task {i}": i / 29 for i in range(30)}
     >>> loss = lambda configuration, best: (configuration["x"] - best) ** 2
     >>> tried = [{"x": i / 10} for i in range(11)]
-    >>> records = [Record(name, c, loss(c, best)) for name, best in bests.items() for c in tried]
+    >>> records = [
+    ...     Record(name, c, loss(c, best)) for name, best in bests.items() for c in tried
+    ... ]
     >>> features = {name: [best] for name, best in bests.items()}
-    >>> g = blackbox.train_meta_optimizer(records, space=space, features=features, num_members=2, num_steps=60)
+    >>> g = blackbox.train_meta_optimizer(
+    ...     records, space=space, features=features, num_members=2, num_steps=60
+    ... )
     >>> g.evidence.num_tasks, g.evidence.num_records, round(g.evidence.weight, 1)
     (30, 330, 0.8)
     >>> new_task = [0.8]  # its features, or `base.Task(train, valid, features)`
@@ -207,7 +212,8 @@ def train_meta_optimizer(
     >>> trial.configuration == configuration
     True
     >>> outcome = loss(trial.configuration, 0.8)
-    >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])  # and ask again
+    >>> # and ask again
+    >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
     """
     _check_shares(deep_share=deep_share, transformer_share=transformer_share)
     if candidates is not None:
@@ -276,7 +282,11 @@ def train_meta_searcher(
     >>> from metaopt import blackbox, spaces
     >>> from metaopt.base import Record
     >>> space = {"model": spaces.choice(["forest", "svm", "linear"])}
-    >>> losses = {"iris": [0.1, 0.3, 0.3], "wine": [0.2, 0.4, 0.4], "digits": [0.5, 0.2, 0.4]}
+    >>> losses = {
+    ...     "iris": [0.1, 0.3, 0.3],
+    ...     "wine": [0.2, 0.4, 0.4],
+    ...     "digits": [0.5, 0.2, 0.4],
+    ... }
     >>> records = [
     ...     Record(task, {"model": model}, loss)
     ...     for task, row in losses.items()

@@ -69,7 +69,10 @@ def should_prune(
     >>> import optuna
     >>> from metaopt import blackbox
     >>> study = optuna.create_study(directions=["minimize", "minimize"])
-    >>> [blackbox.should_prune(study.ask(), values, step=1) for values in ([3.0, 1.0], [1.0, 3.0], [4.0, 2.0])]
+    >>> [
+    ...     blackbox.should_prune(study.ask(), values, step=1)
+    ...     for values in ([3.0, 1.0], [1.0, 3.0], [4.0, 2.0])
+    ... ]
     [False, False, True]
     """
     _checks.check_integer("step", step, 0)

@@ -53,7 +53,9 @@ def to_optuna_study(
         that are not constraints.
       constraints: name -> bound of other outcomes. The study's constraints are the outcomes minus their bounds.
       **kwargs: arguments of `optuna.create_study`, such as `study_name`, or `storage="sqlite:///study.db"` for the
-        dashboard. `direction` is not allowed, since outcomes are minimized.
+        dashboard. `direction` is not allowed, since outcomes are minimized. With `load_if_exists=True`, the trials are
+        added to an existing study of this name, without those that it already has: trials of the same number, seed,
+        parameters, state and values. So you may pass all records again.
 
     Returns:
       A study whose trials have the records' parameters, values and states. Their user attributes hold the task, cost,
@@ -68,6 +70,7 @@ def to_optuna_study(
         billionth.
       ValueError: (by Optuna) if a configuration does not fit the space.
       ValueError: if a direction is given, or a complete trial lacks one of the objectives or constraints.
+      ValueError: if `load_if_exists=True` finds a study that maximizes an objective.
       ImportError: if Optuna is not installed.
     """
     import optuna
@@ -87,6 +90,12 @@ def to_optuna_study(
     if goals is not None and len(goals.objectives) > 1:
         kwargs["directions"] = ["minimize"] * len(goals.objectives)
     study = optuna.create_study(**kwargs)
+    if min(signs_of(study)) < 0:
+        raise ValueError(
+            f"The existing study {study.study_name!r} maximizes an objective, but the outcomes of records are always "
+            "minimized. Use another `study_name`."
+        )
+    present = collections.Counter(_identity(trial) for trial in study.get_trials(deepcopy=False))
     if goals is not None:
         _set_names(study, goals.objectives)
     step_of = lambda fidelity: round(num_steps * float(fidelity))
@@ -113,14 +122,16 @@ def to_optuna_study(
                 continue
             value = value.item() if isinstance(value, np.generic) else value
             values[name] = next(iter(_fitting(value, distributions[name])), value)  # Optuna rejects other values
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                params=values,
-                distributions={name: distributions[name] for name in values},
-                **args,
-            )
+        trial = optuna.trial.create_trial(
+            state=state,
+            params=values,
+            distributions={name: distributions[name] for name in values},
+            **args,
         )
+        if present[_identity(trial)]:
+            present[_identity(trial)] -= 1
+        else:
+            study.add_trial(trial)
     return study
 
 
@@ -128,6 +139,15 @@ def _set_names(study: Any, names: Sequence[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "experimental" in Optuna 4
         study.set_metric_names(list(names))
+
+
+def _identity(trial: Any) -> str:
+    """Equal for two trials of the same record, also if the record was made from one of them."""
+    at_steps = values_at_steps(trial)
+    last = at_steps[max(at_steps)] if at_steps else []
+    values = {"COMPLETE": trial.values, "PRUNED": last}.get(trial.state.name) or []
+    number, seed = trial.user_attrs.get(OURS + "trial", trial.number), trial.user_attrs.get(OURS + "seed", 0)
+    return repr((number, seed, trial.state.name, list(map(float, values)), sorted(trial.params.items())))
 
 
 def _levels(fidelities: Iterable[float]) -> dict[float, float]:
@@ -292,10 +312,16 @@ def optuna_sampler(
     >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
     >>> space = {"depth": spaces.integer(1, 4)}
     >>> depths, tables = (1, 2, 3, 4), range(40)
-    >>> earlier = [base.Record(f"table {i}", {"depth": d}, (d - 3.0) ** 2) for i in tables for d in depths]
+    >>> earlier = [
+    ...     base.Record(f"table {i}", {"depth": d}, (d - 3.0) ** 2)
+    ...     for i in tables
+    ...     for d in depths
+    ... ]
     >>> g = blackbox.train_meta_searcher(earlier, space=space, num_steps=0)
     >>> study = optuna.create_study(sampler=blackbox.optuna_sampler(g, seed=0))
-    >>> study.optimize(lambda trial: abs(trial.suggest_int("depth", 1, 4) - 3.0), n_trials=1)
+    >>> study.optimize(
+    ...     lambda trial: abs(trial.suggest_int("depth", 1, 4) - 3.0), n_trials=1
+    ... )
     >>> study.best_params
     {'depth': 3}
     """

@@ -73,7 +73,11 @@ def tabulate(records: Sequence[Record], *, families: Mapping[str, str] | None = 
 
     >>> from metaopt import blackbox
     >>> from metaopt.base import Record
-    >>> records = [Record("a", {"x": 1}, 0.5), Record("a", {"x": 2}, 0.25), Record("b", {"x": 2}, 0.75)]
+    >>> records = [
+    ...     Record("a", {"x": 1}, 0.5),
+    ...     Record("a", {"x": 2}, 0.25),
+    ...     Record("b", {"x": 2}, 0.75),
+    ... ]
     >>> table = blackbox.tabulate(records)
     >>> table.configurations, table.outcomes[:, :, 0].tolist()
     (({'x': 1}, {'x': 2}), [[0.5, 0.25], [nan, 0.75]])

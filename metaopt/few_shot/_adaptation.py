@@ -46,7 +46,8 @@ class Adaptation(NamedTuple):
       test_steps: the number of inner steps at test time.
       unrolling: a copy of `problem`. Its `init` also computes the parts of the model that no inner step changes, and
         the steps reuse them. It is correct only if λ and the support set are the same at every step, and if derivatives
-        are taken through `init`. `estimator` and `adapted` satisfy this.
+        are taken through `init`. `estimator` and `adapted` satisfy this. The model state of its loop has further
+        fields; the network's own state is `unrolling.loop.context(state).model_state.own`.
     """
 
     problem: base.Problem
@@ -87,6 +88,7 @@ def adaptation(
       loss: ℓ, `(params, hyperparams, batch) -> []` on the support set, where `params` are all leaves of the model. With
         `with_context`, `(params, hyperparams, batch, context) -> []` or `-> ([], model_state)`.
       outer_loss: f on the query set, with the same arguments, `-> []`. The default is `loss` (without its model state).
+        Then dropout is on in f too, and a BatchNorm normalizes by the query set, as it does in training.
       init: `(key, hyperparams, data) -> params`: θ_0 and the leaves that do not adapt. The default is λ["init"]. It may
         add or change leaves, such as a head computed from the support set. If such a leaf does not adapt, the inner
         steps keep the value that `init` computed. With `with_context`, `-> (params, model_state)`.
@@ -136,13 +138,16 @@ def adaptation(
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, few_shot
-    >>> loss = lambda params, hyperparams, batch: (params["w"] + params["b"] - batch) ** 2 / 2
+    >>> loss = lambda params, hyperparams, batch: (
+    ...     (params["w"] + params["b"] - batch) ** 2 / 2
+    ... )
     >>> a = few_shot.adaptation(loss, adapt="b", rate=0.5, rates="leaf")
     >>> hyperparams = a.hyperparams({"w": jnp.array(1.0), "b": jnp.array(0.0)})
     >>> jax.tree.map(float, hyperparams["rate"])
     {'b': 0.5, 'w': None}
     >>> task = base.Task(jnp.array(3.0), jnp.array(3.0))
-    >>> estimate, _ = a.estimator.estimate(hyperparams, task, jax.random.key(0))  # the error is halved: 2, 1
+    >>> # the error is halved: 2, 1
+    >>> estimate, _ = a.estimator.estimate(hyperparams, task, jax.random.key(0))
     >>> float(estimate.value), float(estimate.hypergrad["rate"]["b"])
     (0.5, -2.0)
     """

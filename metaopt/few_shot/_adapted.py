@@ -46,7 +46,9 @@ def adapted(
 
     Returns:
       `(key, support, query) -> outputs` [T + 1, Q, ...], after 0..T steps. To differentiate through the steps, use
-      `hypergrad.unroll(adaptation.unrolling.loop, num_steps=T)`.
+      `hypergrad.unroll(adaptation.unrolling.loop, num_steps=T)`, which takes λ and returns a state. The parameters are
+      `adaptation.params(state, hyperparams)`. A network's own model state is the field `own` of the `model_state` of
+      `adaptation.unrolling.loop.context(state)`.
 
     Raises:
       ValueError: at trace time, if the outputs are differentiated.

@@ -34,12 +34,16 @@ def maml(loss: Callable, *, num_steps: int = 1, rate: float = 0.01, **options: A
 
     >>> import jax, optax
     >>> from metaopt import few_shot, hypergrad, tasks, training
-    >>> loss = lambda params, hyperparams, batch: ((params["a"] * batch["x"] + params["b"] - batch["y"]) ** 2).mean()
+    >>> loss = lambda params, hyperparams, batch: (
+    ...     (params["a"] * batch["x"] + params["b"] - batch["y"]) ** 2
+    ... ).mean()
     >>> line = few_shot.maml(loss, num_steps=2)
     >>> result = training.fit(
     ...     training.learner(hypergrad.over_tasks(line.estimator), optax.adam(0.1)),
     ...     tasks.episode_batches(tasks.sinusoids(num_shots=5), 4),
-    ...     hyperparams=line.hyperparams({"a": 1.0, "b": 1.0}), num_steps=5, key=jax.random.key(0),
+    ...     hyperparams=line.hyperparams({"a": 1.0, "b": 1.0}),
+    ...     num_steps=5,
+    ...     key=jax.random.key(0),
     ... )
     >>> sorted(result.hyperparams["init"])
     ['a', 'b']

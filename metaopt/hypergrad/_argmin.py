@@ -31,6 +31,8 @@ def argmin(
     warning is given. To check the linear solve, compare with `solver=hypergrad.dense()`; scaled columns are the remedy.
 
     It is `implicit_solve` for a loss without an inner loop. Use `implicit_solve` if training has batches or a state.
+    For a root of a function F that is not the gradient of a loss, such as T(θ) − θ, minimize ½‖F‖². Its minimum with
+    F = 0 is the root, and has the same derivative; the condition number of the linear system is squared.
 
     Args:
       loss: `(params, hyperparams, data) -> []`, twice differentiable.
@@ -40,7 +42,8 @@ def argmin(
       num_steps: the largest number of steps of the default solver, at least 1.
       tol: the default solver ends when the norm of the gradient is below it; positive.
       solver: the solver of the linear system, whose matrix is symmetric; by default
-        `hypergrad.cg(num_steps=100, tol=min(1e-6, tol))`, also with `minimize`.
+        `hypergrad.cg(num_steps=100, tol=min(1e-6, tol))`, also with `minimize`. (`hypergrad.cg()` takes at most 20
+        steps.)
 
     Returns:
       `(params, hyperparams, data) -> params`, a function that maps a start to the minimum.
@@ -52,7 +55,9 @@ def argmin(
 
     >>> import jax
     >>> from metaopt import hypergrad
-    >>> solve = hypergrad.argmin(lambda params, hp, data: (params - data) ** 2 / 2 + hp * params**2 / 2)
+    >>> solve = hypergrad.argmin(
+    ...     lambda params, hp, data: (params - data) ** 2 / 2 + hp * params**2 / 2
+    ... )
     >>> outer = lambda penalty: solve(0.0, penalty, 1.0)
     >>> print(f"{outer(1.0):.4f} {jax.grad(outer)(1.0):.4f}")  # θ* = 1 / (1 + penalty)
     0.5000 -0.2500

@@ -240,8 +240,8 @@ def _findings_of_growth(judged: _Judged, num_steps: int) -> list[Finding]:
             Finding(
                 f"Products of Jacobians explode: a perturbation of θ grows by exp({rate:.3f}) a step, and by "
                 f"exp({rate * num_steps:.0f}) over {num_steps}: training is chaotic, and its hypergradient is noise.",
-                "Use a smaller inner rate. Or use fewer steps, `truncated`, `persistent_es`, or clipping per task "
-                "(`over_tasks(max_norm=...)`).",
+                "Use a smaller inner rate. Or use fewer steps, `truncated`, clipping per task "
+                "(`over_tasks(max_norm=...)`), or `persistent_es`, whose F is the mean of f over all steps.",
             )
         ]
     if float(np.max(settled, initial=-math.inf)) > math.log(3):

@@ -17,7 +17,8 @@ def direct(loss: Callable) -> base.Estimator:
     closed form), and for ordinary training of λ. It works under jit, vmap and further differentiation if `loss` does.
     The memory is that of the reverse pass of `loss`. If `loss` trains in a `lax.scan`, it stores all intermediate
     values of every step. With `jax.checkpoint(step)`, it stores only the states between the steps, and computes each
-    step once more.
+    step once more. If its inner loss has convolutions, use `inner.im2col(inner_loss, only_on_cpu=True)` there, as
+    `inner.loop` does: on a CPU, XLA's convolutions inside loops are slow.
 
     `loss` gets the task as it is. For a batch of tasks, such as that of `tasks.stack`, wrap the estimator in
     `over_tasks`. Otherwise the loss gets the whole batch, and may mix its tasks without an error.
@@ -38,8 +39,12 @@ def direct(loss: Callable) -> base.Estimator:
 
     >>> import jax
     >>> from metaopt import hypergrad
-    >>> estimator = hypergrad.direct(lambda hyperparams, task, key: (hyperparams - task) ** 2)
-    >>> estimate, _ = estimator.estimate(3.0, 1.0, estimator.init(jax.random.key(0), 3.0, 1.0))
+    >>> estimator = hypergrad.direct(
+    ...     lambda hyperparams, task, key: (hyperparams - task) ** 2
+    ... )
+    >>> estimate, _ = estimator.estimate(
+    ...     3.0, 1.0, estimator.init(jax.random.key(0), 3.0, 1.0)
+    ... )
     >>> float(estimate.value), float(estimate.hypergrad)
     (4.0, 4.0)
     """

@@ -75,13 +75,18 @@ def implicit_solve(
     >>> import jax, optax
     >>> from metaopt import hypergrad, inner
     >>> loop = inner.loop(
-    ...     lambda params, hp, data: (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2,
+    ...     lambda params, hp, data: (
+    ...         (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2
+    ...     ),
     ...     lambda hp: optax.sgd(0.5),
     ...     init=lambda key, hp, data: jax.numpy.zeros([]),
     ... )
     >>> solve = hypergrad.implicit_solve(loop, num_steps=50)
-    >>> outer = lambda penalty: loop.params(solve(jax.random.key(0), {"penalty": penalty}, jax.numpy.array(1.0)))
-    >>> print(f"{jax.grad(outer)(1.0):.4f} {jax.grad(jax.grad(outer))(1.0):.4f}")  # θ* = 1 / (1 + penalty)
+    >>> outer = lambda penalty: loop.params(
+    ...     solve(jax.random.key(0), {"penalty": penalty}, jax.numpy.array(1.0))
+    ... )
+    >>> # θ* = 1 / (1 + penalty)
+    >>> print(f"{jax.grad(outer)(1.0):.4f} {jax.grad(jax.grad(outer))(1.0):.4f}")
     -0.2500 0.2500
     """
     _stationary.check(num_steps, damping, batch, condition)

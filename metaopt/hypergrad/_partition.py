@@ -52,7 +52,9 @@ def partition(
     >>> import jax, optax
     >>> from metaopt import base, hypergrad, inner
     >>> loop = inner.loop(
-    ...     lambda params, hp, data: (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2,
+    ...     lambda params, hp, data: (
+    ...         (params - data) ** 2 / 2 + hp["penalty"] * params**2 / 2
+    ...     ),
     ...     lambda hp: optax.sgd(hp["rate"]),
     ...     init=lambda key, hp, data: jax.numpy.zeros([]),
     ... )
@@ -60,12 +62,19 @@ def partition(
     ...     inner.problem(loop, lambda params, hp, data: (params - data) ** 2),
     ...     {
     ...         "unrolled": lambda problem: hypergrad.unrolled(problem, num_steps=5),
-    ...         "implicit": lambda problem: hypergrad.warm_implicit(problem, num_steps=5, adjoint_rate=0.5),
+    ...         "implicit": lambda problem: hypergrad.warm_implicit(
+    ...             problem, num_steps=5, adjoint_rate=0.5
+    ...         ),
     ...     },
     ...     {"rate": "unrolled", "penalty": "implicit"},
     ... )
-    >>> lam, task = {"rate": 0.5, "penalty": 0.1}, base.Task(jax.numpy.array(1.0), jax.numpy.array(0.8))
-    >>> estimate, _ = estimator.estimate(lam, task, estimator.init(jax.random.key(0), lam, task))
+    >>> lam, task = (
+    ...     {"rate": 0.5, "penalty": 0.1},
+    ...     base.Task(jax.numpy.array(1.0), jax.numpy.array(0.8)),
+    ... )
+    >>> estimate, _ = estimator.estimate(
+    ...     lam, task, estimator.init(jax.random.key(0), lam, task)
+    ... )
     >>> sorted(estimate.hypergrad)
     ['penalty', 'rate']
     """

@@ -78,8 +78,10 @@ def cg(*, num_steps: int = 20, tol: float = 1e-6, normal: bool = False) -> Solve
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import hypergrad
     >>> b = jnp.array([2.0, 6.0])
-    >>> v, num_products = hypergrad.cg()(lambda v: jnp.array([1.0, 2.0]) * v, b, 0 * b, key=jax.random.key(0))
-    >>> print(v.round(3), num_products)
+    >>> v, num_products = hypergrad.cg()(
+    ...     lambda v: jnp.array([1.0, 2.0]) * v, b, 0 * b, key=jax.random.key(0)
+    ... )
+    >>> print(jax.device_get(v).round(3), num_products)
     [2. 3.] 3
     """
 

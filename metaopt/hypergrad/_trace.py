@@ -65,7 +65,9 @@ def trace(
     ... )
     >>> problem = inner.problem(loop, lambda params, hp, data: params)
     >>> task = base.Task(jax.numpy.array(1.0), None)
-    >>> parts = hypergrad.trace(problem, num_steps=2)(jax.random.key(0), {"rate": 0.25}, task)
+    >>> parts = hypergrad.trace(problem, num_steps=2)(
+    ...     jax.random.key(0), {"rate": 0.25}, task
+    ... )
     >>> print(parts.steps["rate"].round(4))  # θ_2 = 1 − (1 − rate_1)(1 − rate_2)
     [0.75 0.75]
     """

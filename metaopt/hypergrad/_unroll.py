@@ -83,13 +83,14 @@ def checkpointed_scan(step: Callable, carry: Any, xs: Any, *, length: int, remat
       xs: per-step inputs with a leading axis of `length`, or None.
       length: T.
       remat: the values that are stored. "none" stores all values of every step. "step" stores each step's carry and
-        recomputes within the step. "sqrt" stores √T carries. The reverse pass recomputes one stretch of √T steps at a
-        time, and each step within the stretch once more. An integer k has k nested levels of such stretches: it stores
-        about k T^(1/k) carries and computes each step k more times. So "step" is 1 and "sqrt" is 2. More than log₂ T
-        levels do not help, so k is limited to log₂ T. With "step", and within the shortest stretches, the gradients
-        that `mixed_grad` returns are stored too. "grads" is "sqrt" with those gradients stored for all steps. A stretch
-        is then recomputed without the loss, only with the optimizer's updates. "offload" stores each step's carry in
-        the memory of the host, and nothing else: it recomputes the gradients of `mixed_grad`.
+        recomputes within the step. "sqrt" stores the carries at the starts of √T stretches. The reverse pass recomputes
+        one stretch of √T steps at a time, which stores √T more carries, and each step within the stretch once more. An
+        integer k has k nested levels of such stretches: it stores about k T^(1/k) carries and computes each step k more
+        times. So "step" is 1 and "sqrt" is 2. More than log₂ T levels do not help, so k is limited to log₂ T. With
+        "step", and within the shortest stretches, the gradients that `mixed_grad` returns are stored too. "grads" is
+        "sqrt" with those gradients stored for all steps. A stretch is then recomputed without the loss, only with the
+        optimizer's updates. "offload" stores each step's carry in the memory of the host, and nothing else: it
+        recomputes the gradients of `mixed_grad`.
 
     Returns:
       The last carry, and the stacked y.
@@ -231,21 +232,21 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
 
     - "none" stores everything in each step: 2.9.
     - "step" stores only the state of each step: 3.9, or 3.3 with `mixed_grad`.
-    - "sqrt" stores √T states: 5.0, or 4.4 with `mixed_grad`.
+    - "sqrt" stores about 2 √T states: 5.0, or 4.4 with `mixed_grad`.
     - "offload" is "step", but its states go to the memory of the host and come back, and the gradients of `mixed_grad`
       are not stored but computed again. It needs a GPU or TPU. It has never been run on one; only its program was
       examined.
     - An integer k stores about k T^(1/k) states: each level is one more forward pass. More than log₂ T levels do not
       help, so k is limited to log₂ T.
-    - "grads" with `mixed_grad` stores the gradients of all steps and √T states: 3.4. With Adam, whose state is three
-      times the parameters, it takes a third of the memory of "step", and in long runs less time. Without `mixed_grad`
-      it is "sqrt". A model state, such as batch statistics, is not stored; the loss computes it again.
+    - "grads" with `mixed_grad` stores the gradients of all steps and about 2 √T states: 3.4. With Adam, whose state is
+      three times the parameters, it takes a third of the memory of "step", and in long runs less time. Without
+      `mixed_grad` it is "sqrt". A model state, such as batch statistics, is not stored; the loss computes it again.
 
-    With `mixed_grad`, if the state of a step is stored on the device, its gradient is stored too, which saves a
-    recomputation. The time follows these figures if matrix products dominate. In small networks, memory traffic
-    dominates, and the time is longer (see the page "Performance"). Forward mode (`jax.jvp`, `jax.jacfwd`) works too,
-    with memory that does not depend on T. vmap and any nesting also work. With "none", the steps of loops of at most 5
-    steps are unrolled in the program.
+    With `mixed_grad`, gradients are stored too, which saves a recomputation: T of them with "step", √T with "sqrt", and
+    T^(1/k) with an integer k. The time follows these figures if matrix products dominate. In small networks, memory
+    traffic dominates, and the time is longer (see the page "Performance"). Forward mode (`jax.jvp`, `jax.jacfwd`) works
+    too, with memory that does not depend on T. vmap and any nesting also work. With "none", the steps of loops of at
+    most 5 steps are unrolled in the program.
 
     Args:
       loop: the inner loop, which trains θ.
@@ -269,7 +270,9 @@ def unroll(loop: base.InnerLoop, *, num_steps: int, remat: str | int = "none", g
     ...     init=lambda key, hp, data: jax.numpy.zeros([]),
     ... )
     >>> solve = hypergrad.unroll(loop, num_steps=2)
-    >>> outer = lambda rate: loop.params(solve(jax.random.key(0), {"rate": rate}, jax.numpy.array(1.0)))
+    >>> outer = lambda rate: loop.params(
+    ...     solve(jax.random.key(0), {"rate": rate}, jax.numpy.array(1.0))
+    ... )
     >>> print(round(float(jax.grad(outer)(0.25)), 4))  # θ_2 = 1 − (1 − rate)²
     1.5
     """

@@ -247,10 +247,18 @@ def loop(
     >>> from metaopt import inner
     >>> quadratic = lambda params, hyperparams, batch: ((params - batch) ** 2).sum()
     >>> train = inner.run(
-    ...     inner.loop(quadratic, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: jax.numpy.zeros(2)),
+    ...     inner.loop(
+    ...         quadratic,
+    ...         lambda hp: optax.sgd(hp["rate"]),
+    ...         init=lambda key, hp, data: jax.numpy.zeros(2),
+    ...     ),
     ...     num_steps=50,
     ... )
-    >>> print(train(jax.random.key(0), {"rate": 0.1}, jax.numpy.array([1.0, 2.0])).params.round(3))
+    >>> print(
+    ...     train(
+    ...         jax.random.key(0), {"rate": 0.1}, jax.numpy.array([1.0, 2.0])
+    ...     ).params.round(3)
+    ... )
     [1. 2.]
     """
     transform = functools.partial(_transform, optimizer, zero)

@@ -36,9 +36,13 @@ def piecewise(problem: base.Problem, windows: Any, *, num_steps: int) -> base.Pr
     >>> import jax, optax
     >>> from metaopt import inner
     >>> loop = inner.loop(
-    ...     lambda params, hp, data: params, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: 0.0
+    ...     lambda params, hp, data: params,
+    ...     lambda hp: optax.sgd(hp["rate"]),
+    ...     init=lambda key, hp, data: 0.0,
     ... )
-    >>> problem = inner.piecewise(inner.problem(loop, lambda params, hp, data: params), 2, num_steps=6)
+    >>> problem = inner.piecewise(
+    ...     inner.problem(loop, lambda params, hp, data: params), 2, num_steps=6
+    ... )
     >>> rates = {"rate": jax.numpy.array([0.5, 0.125])}
     >>> print(inner.run(problem.loop, num_steps=6)(jax.random.key(0), rates, None).params)
     -1.875

@@ -44,7 +44,8 @@ def weighted(
     ...     lambda params, batch: (params - batch) ** 2,
     ...     lambda hyperparams, batch: jax.nn.sigmoid(hyperparams),
     ... )
-    >>> print(loss(0.0, jax.numpy.array([0.0, -50.0]), jax.numpy.array([1.0, 9.0])))  # the second is weighed down
+    >>> # the second is weighed down
+    >>> print(loss(0.0, jax.numpy.array([0.0, -50.0]), jax.numpy.array([1.0, 9.0])))
     0.25
     """
 

@@ -40,7 +40,9 @@ def configuration_space(
     >>> space = nas.configuration_space(network)
     >>> list(space)[:5], space["normal.inputs3"].high, space["normal.op0"].high
     (['normal.inputs3', 'normal.op0', 'normal.op1', 'normal.op2', 'normal.op3'], 2, 6)
-    >>> nas.genotype_from_configuration(network, {**dict.fromkeys(space, 0), "normal.inputs3": 2})["normal"][3]
+    >>> nas.genotype_from_configuration(
+    ...     network, {**dict.fromkeys(space, 0), "normal.inputs3": 2}
+    ... )["normal"][3]
     (2, 3, 'max_pool_3x3')
     """
     if (keep := edges_kept(network, keep)) is None:

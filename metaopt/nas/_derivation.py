@@ -39,7 +39,9 @@ def derive_genotype(network: Space, weights: Mapping[str, np.ndarray], *, keep: 
     >>> import numpy as np
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(1, ("none", "skip_connect", "mlp"))
-    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> network = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
     >>> nas.derive_genotype(network, {"cell": np.array([[0.5, 0.2, 0.3]])})
     {'cell': ((0, 1, 'mlp'),)}
     >>> nas.derive_genotype(network, {"cell": np.array([[0.5, 0.2, 0.3]])}, keep=None)

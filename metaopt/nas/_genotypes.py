@@ -89,8 +89,12 @@ def op_scores(network: Network, genotypes: Sequence[Genotype], scores: np.ndarra
 
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(1, ("none", "mlp"))
-    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
-    >>> alpha = nas.op_scores(network, [{"cell": ((0, 1, "mlp"),)}, {"cell": ()}], [3.0, 1.0])
+    >>> network = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
+    >>> alpha = nas.op_scores(
+    ...     network, [{"cell": ((0, 1, "mlp"),)}, {"cell": ()}], [3.0, 1.0]
+    ... )
     >>> alpha["cell"].tolist()
     [[-1.0, 1.0]]
     """

@@ -50,7 +50,9 @@ def graph_ops(adjacency: Any) -> dict[str, Op]:
     >>> path = jnp.array([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]])
     >>> ops = {**nas.BLOCKS, **nas.graph_ops(path)}
     >>> cell = nas.complete_cell(2, ("skip_connect", "gcn", "gat"))
-    >>> net = nas.Network({"cell": cell}, (nas.Layer("gcn", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> net = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("gcn", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
     >>> nas.supernet(net, (3, 5), ops=ops).in_shape
     (3, 5)
     """

@@ -157,7 +157,9 @@ def nas_bench_101_network(
     Source: Ying et al., ICML 2019, https://arxiv.org/abs/1902.09635
 
     >>> from metaopt import nas
-    >>> cell = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "conv3x3-bn-relu", "output"))
+    >>> cell = nas.Graph(
+    ...     ((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "conv3x3-bn-relu", "output")
+    ... )
     >>> network, ops = nas.nas_bench_101_network(cell, channels=16, num_stacks=1)
     >>> [layer.name for layer in network.layers]
     ['conv3x3-bn-relu', 'graph', 'graph', 'graph']
@@ -341,7 +343,9 @@ def genotype_graph(genotype: Genotype) -> Graph:
       ValueError: if the genotype is of another space, or if no path joins input and output.
 
     >>> from metaopt import nas
-    >>> graph = nas.Graph(((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output"))
+    >>> graph = nas.Graph(
+    ...     ((0, 1, 1), (0, 0, 1), (0, 0, 0)), ("input", "maxpool3x3", "output")
+    ... )
     >>> genotype_graph(graph_genotype(nas.nas_bench_101_space(), graph)) == graph
     True
     """

@@ -30,12 +30,23 @@ class Op(NamedTuple):
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, nas
-    >>> init = lambda key, in_shape, channels, stride: {"w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])}
-    >>> gated = nas.Op(init, lambda params, x, channels, stride: jnp.tanh(nas.subsample(x, stride) @ params["w"]))
+    >>> init = lambda key, in_shape, channels, stride: {
+    ...     "w": nas.uniform(key, (in_shape[-1], channels), in_shape[-1])
+    ... }
+    >>> gated = nas.Op(
+    ...     init,
+    ...     lambda params, x, channels, stride: jnp.tanh(
+    ...         nas.subsample(x, stride) @ params["w"]
+    ...     ),
+    ... )
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "gated"))
-    >>> network = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4, 2)), num_outputs=3)
+    >>> network = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4, 2)), num_outputs=3
+    ... )
     >>> rows = {"x": jnp.ones((6, 7, 4, 1)), "y": jnp.arange(6) % 3}
-    >>> search = nas.darts(network, rows["x"].shape[1:], ops={**nas.BLOCKS, "gated": gated}, order="first")
+    >>> search = nas.darts(
+    ...     network, rows["x"].shape[1:], ops={**nas.BLOCKS, "gated": gated}, order="first"
+    ... )
     >>> jax.eval_shape(search.supernet.init, jax.random.key(0))["head"]["w"].shape
     (4, 3)
 

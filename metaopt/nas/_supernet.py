@@ -109,7 +109,9 @@ def supernet(
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 8), nas.Layer("cell", 8)), num_outputs=3)
+    >>> table = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 8), nas.Layer("cell", 8)), num_outputs=3
+    ... )
     >>> net = nas.supernet(table, (5,), ops=nas.BLOCKS)
     >>> alpha = nas.init_alpha(jax.random.key(0), table)
     >>> weights = nas.mixing_weights(nas.softmax(), table, alpha, jax.random.key(1))

@@ -59,8 +59,10 @@ def hyperparameter_trace(
     Example:
       >>> from metaopt import plots
       >>> trace = []
-      >>> callback = lambda step, metrics: trace.append({"decay": metrics["decay"]})  # for `training.fit`
-      >>> callback(1, {"decay": np.array([0.1, 0.2])})  # `fit` calls it, with the arrays of `record`
+      >>> # for `training.fit`
+      >>> callback = lambda step, metrics: trace.append({"decay": metrics["decay"]})
+      >>> # `fit` calls it, with the arrays of `record`
+      >>> callback(1, {"decay": np.array([0.1, 0.2])})
       >>> callback(2, {"decay": np.array([0.2, 0.4])})
       >>> [line.get_label() for line in plots.hyperparameter_trace(trace).lines]
       ['decay[0]', 'decay[1]']
@@ -118,7 +120,12 @@ def hypergradients(history: Mapping[str, Any], *, window: int = 20, axes: "Axes 
 
     Example:
       >>> from metaopt import plots
-      >>> history = {"hypergrad_norm": [5.0], "hypergrad_variance": [20.0], "num_finite": [5]}  # 25 = 21 + 20 / 5
+      >>> # 25 = 21 + 20 / 5
+      >>> history = {
+      ...     "hypergrad_norm": [5.0],
+      ...     "hypergrad_variance": [20.0],
+      ...     "num_finite": [5],
+      ... }
       >>> ratio = plots.hypergradients(history).figure.axes[-1].lines[0].get_ydata()
       >>> print((ratio**2).round(2))  # 21 / 4
       [5.25]

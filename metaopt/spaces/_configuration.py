@@ -80,7 +80,10 @@ def from_configuration(
       ValueError: if two leaves of the space have the same name.
 
     >>> from metaopt import spaces
-    >>> space = {"depth": spaces.integer(1, 8, default=2), "loss": spaces.choice(["mse", "mae"])}
+    >>> space = {
+    ...     "depth": spaces.integer(1, 8, default=2),
+    ...     "loss": spaces.choice(["mse", "mae"]),
+    ... }
     >>> λ = spaces.from_configuration(space, {"loss": "mae"})
     >>> λ["depth"].item(), λ["loss"].tolist()
     (2.0, [0.0, 1.0])
@@ -144,7 +147,10 @@ def complete(space: base.PyTree, configuration: Mapping[str, Any], *, strict: bo
         Without the error, it would be omitted without notice.
 
     >>> from metaopt import spaces
-    >>> spaces.complete({"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)}, {"rate": 0.123456789})
+    >>> spaces.complete(
+    ...     {"rate": spaces.interval(0.0, 1.0), "depth": spaces.integer(1, 9)},
+    ...     {"rate": 0.123456789},
+    ... )
     {'depth': 5, 'rate': 0.123456789}
     """
     partial = configuration

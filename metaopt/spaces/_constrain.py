@@ -28,7 +28,9 @@ def constrain(problem: base.Problem, space: base.PyTree) -> base.Problem:
     >>> import jax, optax
     >>> from metaopt import inner, spaces
     >>> loss = lambda params, hp, batch: (params - batch) ** 2
-    >>> loop = inner.loop(loss, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: 0.0)
+    >>> loop = inner.loop(
+    ...     loss, lambda hp: optax.sgd(hp["rate"]), init=lambda key, hp, data: 0.0
+    ... )
     >>> space = {"rate": spaces.positive(0.25)}
     >>> problem = spaces.constrain(inner.problem(loop, loss), space)
     >>> z = spaces.to_unconstrained(space, {"rate": 0.5})

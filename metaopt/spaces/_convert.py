@@ -49,6 +49,9 @@ def to_optuna(space: base.PyTree) -> dict[str, Any]:
 def suggest(trial: Any, space: base.PyTree) -> dict[str, Any]:
     """Draws a configuration with Optuna's sampler, inside the objective of a study. It draws only active quantities.
 
+    In a study that already has trials, the names of the space must be those of the study's parameters, as in the space
+    that `from_optuna` makes. Otherwise Optuna adds a new parameter to the study, without an error.
+
     Args:
       trial: an `optuna.Trial`.
       space: a tree of leaves.

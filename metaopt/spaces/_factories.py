@@ -243,7 +243,9 @@ def active_if(leaf: Leaf, name: str, values: Sequence[Any]) -> Leaf:
     >>> from metaopt import spaces
     >>> space = {
     ...     "kernel": spaces.choice(["linear", "rbf"]),
-    ...     "gamma": spaces.active_if(spaces.interval(1e-3, 1e3, log=True), "kernel", ["rbf"]),
+    ...     "gamma": spaces.active_if(
+    ...         spaces.interval(1e-3, 1e3, log=True), "kernel", ["rbf"]
+    ...     ),
     ... }
     >>> spaces.configuration(space, spaces.default(space))
     {'kernel': 'linear'}

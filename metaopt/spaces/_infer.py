@@ -47,9 +47,13 @@ def infer(configurations: Iterable[Mapping[str, Any]]) -> dict[str, Leaf]:
 
     >>> from metaopt import spaces
     >>> tried = [{"kernel": "linear", "C": c} for c in (0.1, 1.0, 10.0)]
-    >>> tried += [{"kernel": "rbf", "C": 1.0, "gamma": gamma} for gamma in (0.001, 0.1, 1.0)]
+    >>> tried += [
+    ...     {"kernel": "rbf", "C": 1.0, "gamma": gamma} for gamma in (0.001, 0.1, 1.0)
+    ... ]
     >>> space = spaces.infer(tried)
-    >>> space["gamma"] == spaces.active_if(spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"])
+    >>> space["gamma"] == spaces.active_if(
+    ...     spaces.interval(0.001, 1.0, log=True), "kernel", ["rbf"]
+    ... )
     True
     """
     without_gaps = [

@@ -33,8 +33,13 @@ def sample(key: jax.Array, space: base.PyTree) -> base.HyperParams:
 
     >>> import jax
     >>> from metaopt import spaces
-    >>> space = {"rate": spaces.interval(1e-4, 1e-1, log=True), "momentum": spaces.fixed(0.9)}
-    >>> many = jax.vmap(lambda key: spaces.sample(key, space))(jax.random.split(jax.random.key(0), 5))
+    >>> space = {
+    ...     "rate": spaces.interval(1e-4, 1e-1, log=True),
+    ...     "momentum": spaces.fixed(0.9),
+    ... }
+    >>> many = jax.vmap(lambda key: spaces.sample(key, space))(
+    ...     jax.random.split(jax.random.key(0), 5)
+    ... )
     >>> many["rate"].shape, many["momentum"].shape
     ((5,), (5,))
     """
@@ -60,7 +65,9 @@ def default(space: base.PyTree) -> base.HyperParams:
       ValueError: if the space has a leaf of another kind.
 
     >>> from metaopt import spaces
-    >>> λ = spaces.default({"rate": spaces.interval(1e-4, 1e-2, log=True), "mix": spaces.simplex(4)})
+    >>> λ = spaces.default(
+    ...     {"rate": spaces.interval(1e-4, 1e-2, log=True), "mix": spaces.simplex(4)}
+    ... )
     >>> round(float(λ["rate"]), 6), λ["mix"].tolist()
     (0.001, [0.25, 0.25, 0.25, 0.25])
     """
@@ -87,9 +94,16 @@ def to_constrained(space: base.PyTree, unconstrained: Unconstrained) -> base.Hyp
 
     >>> import jax
     >>> from metaopt import spaces
-    >>> space = {"rate": spaces.positive(0.1), "dropout": spaces.interval(0, 1), "epochs": spaces.fixed(3)}
+    >>> space = {
+    ...     "rate": spaces.positive(0.1),
+    ...     "dropout": spaces.interval(0, 1),
+    ...     "epochs": spaces.fixed(3),
+    ... }
     >>> z = spaces.to_unconstrained(space, spaces.default(space))
-    >>> {name: value if value is None else float(value) for name, value in z.coordinates.items()}
+    >>> {
+    ...     name: value if value is None else float(value)
+    ...     for name, value in z.coordinates.items()
+    ... }
     {'dropout': 0.0, 'epochs': None, 'rate': 0.0}
     >>> grads = jax.grad(lambda z: spaces.to_constrained(space, z)["dropout"])(z)
     >>> float(grads.coordinates["dropout"]), grads.coordinates["epochs"]
@@ -175,8 +189,17 @@ def encode(space: base.PyTree, hyperparams: base.HyperParams) -> jax.Array:
       ValueError: if λ does not fit the space.
 
     >>> from metaopt import spaces
-    >>> space = {"rate": spaces.interval(1e-4, 1.0, log=True), "layers": spaces.integer(1, 4)}
-    >>> spaces.names(space), [round(x, 3) for x in spaces.encode(space, {"rate": 0.1, "layers": 1}).tolist()]
+    >>> space = {
+    ...     "rate": spaces.interval(1e-4, 1.0, log=True),
+    ...     "layers": spaces.integer(1, 4),
+    ... }
+    >>> (
+    ...     spaces.names(space),
+    ...     [
+    ...         round(x, 3)
+    ...         for x in spaces.encode(space, {"rate": 0.1, "layers": 1}).tolist()
+    ...     ],
+    ... )
     (('layers', 'rate'), [0.125, 0.75])
     """
     matched, _ = _match(space, hyperparams)
@@ -214,7 +237,13 @@ def names(space: base.PyTree) -> tuple[str, ...]:
       ValueError: if the space has a leaf of another kind.
 
     >>> from metaopt import spaces
-    >>> spaces.names({"adam": {"rate": spaces.positive(1e-3)}, "mix": spaces.simplex(2), "seed": spaces.fixed(0)})
+    >>> spaces.names(
+    ...     {
+    ...         "adam": {"rate": spaces.positive(1e-3)},
+    ...         "mix": spaces.simplex(2),
+    ...         "seed": spaces.fixed(0),
+    ...     }
+    ... )
     ('adam.rate', 'mix[0]', 'mix[1]')
     """
     result = []
@@ -243,7 +272,9 @@ def at_bounds(space: base.PyTree, hyperparams: base.HyperParams, *, tol: float =
       ValueError: if λ does not fit the space.
 
     >>> from metaopt import spaces
-    >>> reached = spaces.at_bounds({"rate": spaces.interval(1e-4, 1.0, log=True)}, {"rate": 0.99})
+    >>> reached = spaces.at_bounds(
+    ...     {"rate": spaces.interval(1e-4, 1.0, log=True)}, {"rate": 0.99}
+    ... )
     >>> bool(reached["rate"])
     True
     """

@@ -58,7 +58,8 @@ def episodes(
       ValueError: if a class has too few examples, or too few groups to guarantee K and Q examples.
 
     >>> from metaopt import tasks
-    >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)  # of 6 classes
+    >>> # of 6 classes
+    >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)
     >>> source = tasks.from_arrays(images, np.arange(60) // 10)
     >>> sample = tasks.episodes(source, num_ways=3, num_shots=2, num_query=4)
     >>> episode = jax.jit(sample)(jax.random.key(0))

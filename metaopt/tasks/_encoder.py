@@ -225,7 +225,9 @@ def fit_encoder(
       ValueError: if it is not two-dimensional, is empty, or has complex numbers.
       ValueError: if `drop` or `keep` has an unknown column.
 
-    >>> encoder = fit_encoder({"size": ["1,065", "870", None], "color": ["red", "blue", "red"]})
+    >>> encoder = fit_encoder(
+    ...     {"size": ["1,065", "870", None], "color": ["red", "blue", "red"]}
+    ... )
     >>> encoder.names, encoder.levels[1]
     (('size', 'color'), ('red', '(other)'))
     >>> encoder.transform({"color": ["red", "green"], "size": [1.5, 2]})

@@ -13,7 +13,9 @@ copy of the data. Your own task distribution is any function `key -> Episode`, o
     ...     y = coefficients[0] * x + coefficients[1]
     ...     at = jnp.array([0, 4, 7])
     ...     support = {"x": x[at], "y": y[at], "mask": jnp.ones(3)}
-    ...     return tasks.Episode(support, {"x": x[1:6], "y": y[1:6], "mask": jnp.ones(5)}, coefficients)
+    ...     return tasks.Episode(
+    ...         support, {"x": x[1:6], "y": y[1:6], "mask": jnp.ones(5)}, coefficients
+    ...     )
     >>> batch = tasks.episode_batches(lines, 16)(jax.random.key(0))
     >>> batch.train["x"].shape, batch.valid["y"].shape
     ((16, 3), (16, 5))

@@ -128,7 +128,8 @@ def image_features(images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
     >>> import numpy as np
     >>> from metaopt import tasks
-    >>> bars = np.array([[[1.0, -1.0]] * 2, [[-1.0, 1.0]] * 2])[..., None]  # bright to the left, and to the right
+    >>> # bright to the left, and to the right
+    >>> bars = np.array([[[1.0, -1.0]] * 2, [[-1.0, 1.0]] * 2])[..., None]
     >>> features = tasks.image_features(bars, np.array([0, 1]))
     >>> features["between opposite halves"], features["ink"]
     (-1.0, 0.5)

@@ -151,9 +151,15 @@ def prepare(
       ValueError: if `fit_encoder` rejects the frame, or `fit_labels` the target.
       ValueError: if the number of labels is not the number of rows of the frame.
 
-    >>> frame = {"size": [1.5, 2.5, 3.5, 4.5] * 5, "color": ["red", "blue"] * 10, "sold": ["no", "yes"] * 10}
+    >>> frame = {
+    ...     "size": [1.5, 2.5, 3.5, 4.5] * 5,
+    ...     "color": ["red", "blue"] * 10,
+    ...     "sold": ["no", "yes"] * 10,
+    ... }
     >>> prepared = prepare(frame, "sold", test_fraction=0.0)
-    >>> prepared.classes[prepared.train.y[:2]].tolist() == [frame["sold"][i] for i in prepared.train.index[:2]]
+    >>> prepared.classes[prepared.train.y[:2]].tolist() == [
+    ...     frame["sold"][i] for i in prepared.train.index[:2]
+    ... ]
     True
     >>> prepared.transform({"size": [2.0], "color": ["red"]}).shape
     (1, 2)

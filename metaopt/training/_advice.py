@@ -89,9 +89,9 @@ def _logged_exploded(warned: frozenset[str], run: Run, num: int) -> frozenset[st
                 f"step {run.step - num + 1 + i}: the hypergradient has the norm {norm:.3g} at an outer loss of "
                 f"{value:.3g}. Usually training amplifies each change of λ, and such a hypergradient is noise: "
                 "`hypergrad.diagnose` reports this growth. Then use a smaller learning rate, fewer inner steps, "
-                "`hypergrad.truncated` or `hypergrad.persistent_es`. If only a few steps explode, clip by "
-                "`hypergrad.over_tasks(..., max_norm=1.0)`. If λ itself is tiny, such as a rate of 1e-8, the norm only "
-                "shows its unit: tune its logarithm."
+                "`hypergrad.truncated`, or `hypergrad.persistent_es`, whose F is the mean of the outer loss over all "
+                "steps. If only a few steps explode, clip by `hypergrad.over_tasks(..., max_norm=1.0)`. If λ itself is "
+                "tiny, such as a rate of 1e-8, the norm only shows its unit: tune its logarithm."
             )
             return frozenset({"exploded"})
     return frozenset()

@@ -33,6 +33,7 @@ from metaopt.training import _processes
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
+NONFINITE = "nonfinite"  # the folder of the states before non-finite steps
 _PROBE = 2**16  # bytes of a file that is written and removed; a full or read-only disk rejects it
 _SLACK = 2**22  # bytes of a checkpoint besides its arrays
 
@@ -95,6 +96,8 @@ class Checkpoints:
     Attributes:
       directory: the folder, as an absolute path.
       newest: the step of the newest checkpoint, after `restore` or `save`; None before.
+      is_kept: whether `restore` has read a state of `keep_nonfinite`, in the folder NONFINITE/STEP. A run that takes
+        this step again writes no checkpoint there: the next call would continue from it.
 
     Raises:
       ValueError: if `directory` is in use by another run, or if several processes do not see one folder there.
@@ -109,6 +112,7 @@ class Checkpoints:
         self._settings = {"format": FORMAT, **settings}
         self._keep_best = keep_best
         self.newest: int | None = None
+        self.is_kept = False
         with contextlib.ExitStack() as stack:
             _processes.in_all(stack.enter_context, _claimed(self.directory))
             _check_shared(self.directory)
@@ -265,6 +269,7 @@ class Checkpoints:
                 )
         self._move_aside(unreadable)
         self.newest = saved.step
+        self.is_kept = pathlib.Path(self.directory).parts[-2:] == (NONFINITE, str(saved.step))
         return saved
 
     def _read(self, step: int, item: str, args: Any) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 
 from metaopt import _checks, base, spaces
 from metaopt._progress import Report, report_progress
-from metaopt.training import _advice, _cache, _learner, _processes, _run, _stopping
+from metaopt.training import _advice, _cache, _checkpoints, _learner, _processes, _run, _stopping
 from metaopt.training._callbacks import CallbackFn, call_all, listed
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
@@ -142,8 +142,10 @@ def fit(
       keep_nonfinite: the number of non-finite steps to keep. If the value or hypergradient of a task is not finite, the
         state before the step is written to the folder `checkpoint_dir`/nonfinite/STEP, where STEP counts the steps
         before it. The same call with that folder as `checkpoint_dir` takes the step again, with the same tasks and
-        keys. With `steps_per_call`, the state is that before the program. A resumed run starts to count such steps at 0
-        again. With `keep_nonfinite`, the state is not donated, so memory holds two of them.
+        keys. It writes no checkpoint, so you can repeat it; a copy of the folder is an ordinary `checkpoint_dir`. Do
+        not pass the callback `log_to` of the run: it would remove the log's lines of this step and of later ones. With
+        `steps_per_call`, the state is that before the program. A resumed run starts to count such steps at 0 again.
+        With `keep_nonfinite`, the state is not donated, so memory holds two of them.
       settings: further values that identify the run, as JSON values, such as the text of an architecture or a rate.
       allow_changed_program: whether to continue from a checkpoint although the program of the outer step differs.
       compilation_cache: the folder of JAX's persistent compilation cache during this call. A later process then reads a
@@ -178,10 +180,15 @@ def fit(
       >>> def estimate(hyperparams, task, state):
       ...     value, hypergrad = jax.value_and_grad(lambda x: (x - task) ** 2)(hyperparams)
       ...     return base.Estimate(value, hypergrad, jnp.array(True), {}), state
-      >>> quadratic = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+      >>> quadratic = base.Estimator(
+      ...     lambda key, hyperparams, task: (), estimate, kind="exact"
+      ... )
       >>> result = fit(
-      ...     training.learner(quadratic, optax.sgd(0.25)), lambda key: 1.0,
-      ...     hyperparams=3.0, num_steps=2, key=jax.random.key(0),
+      ...     training.learner(quadratic, optax.sgd(0.25)),
+      ...     lambda key: 1.0,
+      ...     hyperparams=3.0,
+      ...     num_steps=2,
+      ...     key=jax.random.key(0),
       ... )
       >>> print(result.hyperparams, result.history["value"], result.stopped)
       1.5 [4. 1.] num_steps
@@ -308,8 +315,9 @@ def _started(saved: Saved | None, steps: Steps, num_steps: int, allow_changed_pr
 
 def _save(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
     """Writes a checkpoint of a run, unless this step already has one."""
-    # An error inside the compiled step leaves nothing to save: the state was donated to it.
-    if checkpoints is None or run.step == checkpoints.newest or not _intact(run.state):
+    if checkpoints is None or checkpoints.is_kept or run.step == checkpoints.newest:
+        return
+    if not _intact(run.state):  # an error inside the compiled step: the state was donated to it
         return
     tasks = None
     with contextlib.suppress(Exception):  # an error of the sampler has ended the run
@@ -332,8 +340,10 @@ def _save_after_error(checkpoints: Checkpoints | None, run: Run, steps: Steps, r
 def _save_nonfinite(checkpoints: Checkpoints | None, run: Run, steps: Steps, report: Report, eval_every: int) -> None:
     """Writes the state before a step into a separate folder, from which `fit` can take this step again."""
     assert checkpoints is not None
+    if checkpoints.is_kept:
+        return
     try:
-        with checkpoints.inside(os.path.join("nonfinite", str(run.step))) as start:
+        with checkpoints.inside(os.path.join(_checkpoints.NONFINITE, str(run.step))) as start:
             if start.restore() is None:  # a run that continues may have written it before
                 _save(start, run, steps, report, eval_every)
     except (ValueError, OSError) as error:  # the folder is in use or holds another run, or the disk is full

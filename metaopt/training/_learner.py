@@ -130,7 +130,9 @@ def learner(
       >>> def estimate(hyperparams, task, state):
       ...     value, hypergrad = jax.value_and_grad(lambda x: (x - task) ** 2)(hyperparams)
       ...     return base.Estimate(value, hypergrad, jnp.array(True), {}), state
-      >>> quadratic = base.Estimator(lambda key, hyperparams, task: (), estimate, kind="exact")
+      >>> quadratic = base.Estimator(
+      ...     lambda key, hyperparams, task: (), estimate, kind="exact"
+      ... )
       >>> init, step = learner(quadratic, optax.sgd(0.25))
       >>> state, metrics = step(init(jax.random.key(0), 3.0, 1.0))
       >>> print(state.hyperparams, metrics["value"])

@@ -40,7 +40,9 @@ def learnable_clip(
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import transforms
-    >>> length = lambda c, p: jnp.sum(transforms.learnable_clip(c, sharpness=p).update(jnp.array([1.0]), ())[0])
+    >>> length = lambda c, p: jnp.sum(
+    ...     transforms.learnable_clip(c, sharpness=p).update(jnp.array([1.0]), ())[0]
+    ... )
     >>> [round(float(jax.grad(length)(2.0, p)), 3) for p in (None, 1.0)]
     [0.0, 0.111]
     """

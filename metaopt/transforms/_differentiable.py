@@ -197,7 +197,9 @@ def differentiable(
     ...     params = jax.numpy.array([1.0, 0.0])  # the second entry's gradient is zero
     ...     grads = params**3
     ...     updates, _ = optimizer(rate).update(grads, optimizer(rate).init(params), params)
-    ...     return (params + updates)[0] + jax.grad(lambda p: (p**2).sum())(params + updates)[1]
+    ...     return (params + updates)[0] + jax.grad(lambda p: (p**2).sum())(
+    ...         params + updates
+    ...     )[1]
     >>> safe = lambda rate: metaopt.transforms.differentiable(optax.adam(rate))
     >>> print(f"{jax.grad(trained)(0.1, safe):.3f}")
     -1.000

@@ -61,7 +61,9 @@ def mixture(
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
-    >>> half = transforms.mixture([optax.sgd(0.1), optax.sign_sgd(0.1)], jnp.array([0.5, 0.5]))
+    >>> half = transforms.mixture(
+    ...     [optax.sgd(0.1), optax.sign_sgd(0.1)], jnp.array([0.5, 0.5])
+    ... )
     >>> print(half.update(jnp.array([4.0, -1.0]), half.init(jnp.zeros(2)))[0])
     [-0.25  0.1 ]
     """

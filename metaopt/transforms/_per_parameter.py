@@ -111,8 +111,13 @@ def per_group(
 
     >>> import jax.numpy as jnp, optax
     >>> from metaopt import transforms
-    >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
-    >>> grouped = transforms.per_group(optax.adamw, patterns={"matrices": "kernel$", "rest": ""})
+    >>> params = {
+    ...     "dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    ...     "norm": {"scale": jnp.ones(2)},
+    ... }
+    >>> grouped = transforms.per_group(
+    ...     optax.adamw, patterns={"matrices": "kernel$", "rest": ""}
+    ... )
     >>> adamw = grouped(1e-3, weight_decay={"matrices": 0.1, "rest": 0.0})
     >>> list(adamw.init(params).inner_states)
     ['matrices', 'rest']

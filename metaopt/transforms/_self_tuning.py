@@ -49,19 +49,24 @@ def self_tuning(
     with respect to the λ of the last update u_{t−1} is h_t = (∂u_{t−1}/∂λ)ᵀ g_t. λ h is the derivative in log λ, so all
     rules except the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)` as
     the tuner, they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial
-    choice of β is 0.1 to 0.5: a rate that is 100 times too small is then corrected within some hundred steps.
+    choice of β is 0.1 to 0.5. A rate that is 100 times too small then needs at least log(100)/β steps, 46 or 10, and
+    several times as many if the cosines are small.
 
     These two rules differ if λ has more than one entry. "normalized" follows the gradient in log λ. An entry that moves
     the parameters little, such as a weight decay or the rate of a small group, is then hardly tuned. With "cosine",
-    the logarithm of each entry moves by β times the cosine between −g_t and ∂u_{t−1}/∂λ_i, whatever the size of its
-    effect. Two dtypes limit this. The parameters' dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01
+    the logarithm of each entry moves by β times the cosine between −g_t and ∂u_{t−1}/∂λ_i, whatever the size of
+    ∂u_{t−1}/∂λ_i. Both are vectors over all parameters. So if λ_i moves only a group of parameters, the cosine is at
+    most the group's share of the norm of g_t. The gradients of frozen parameters count in this norm, so set them to
+    zero. Two dtypes limit the rule. The parameters' dtype must represent λ ∂u/∂λ (float16 does not, for a decay of 0.01
     at a rate of 1e-5). float32 must represent its square.
 
-    **What bounds λ.** With "normalized" or "cosine" and `optax.sgd(β)`, each step multiplies λ by at most exp(β). The
-    other rules have no such bound. If a rate is too large, its hypergradient changes sign and reduces it. But another
-    entry of λ may have moved so far in one step that this does not help. An example is a problem on which decay helps
-    at every step, such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side and
-    further out, and training diverges. A momentum may also leave [0, 1), without an error: tune 1 − b1 instead of b1.
+    **What bounds λ.** With "normalized" or "cosine", `mode="forward"` and `optax.sgd(β)`, each step multiplies λ by at
+    most exp(β). The other rules have no such bound. Neither has "normalized" with `mode="reverse"`: it divides by ‖u‖,
+    which is small if the parts of u cancel. If a rate is too large, its hypergradient changes sign and reduces it. But
+    another entry of λ may have moved so far in one step that this does not help. An example is a problem on which decay
+    helps at every step, such as ½‖θ‖², with β = 2. There rate · decay exceeds 2, each step moves θ to the other side
+    and further out, and training diverges. A momentum may also leave [0, 1), without an error: tune 1 − b1 instead of
+    b1.
 
     To bound entries, tune the unconstrained coordinates z of a space. They may be negative, so the rule is "additive".
     A tuner such as Adam gives steps that do not depend on the scale of the loss:
@@ -78,8 +83,9 @@ def self_tuning(
     than it was. If P(λ) = λ, the projection changes nothing.
 
     Start with a rate that is too small rather than too large: with a hundredth of your guess. A rate that is too large
-    may damage a network, or make it overfit, before λ has become smaller. A rate that is too small rises by five
-    decades in about 50 steps. The training loss does not show overfitting: if the training loss goes to zero, tuning by
+    may damage a network, or make it overfit, before λ has become smaller. A rate that is too small rises fast: in the
+    picture of the results (β = 0.5), all rates that start at 1/10,000 of the best one pass it within 100 steps. The
+    training loss does not show overfitting: if the training loss goes to zero, tuning by
     it keeps the rate too large. The best variant (`experiments/results/self_tuning.md`) follows a validation loss, with
     the weight decay in λ and `rule="cosine"`. Networks overfit on three problems. On two of them, this variant ended
     with a lower loss than the best constant rate. It did so from starts at 1/10,000 and at 1/10 of the best rate. It
@@ -128,8 +134,9 @@ def self_tuning(
     The tuner may be a `self_tuning` itself, to any depth. The state is a pytree of arrays, and `update` reads λ from
     it, so a change of λ does not recompile anything. Extra arguments are passed through `optax.chain`,
     `apply_if_finite`, `inject_hyperparams`, `MultiSteps` and `nnx.Optimizer.update(model, grads, valid_grad_fn=fn)`.
-    Flax's `TrainState.apply_gradients` does not pass them to the optimizer. Use its two lines instead, with the
-    arguments:
+    (With k small batches for each step, `MultiSteps` calls `update` k times and keeps one result. So `valid_grad_fn`
+    runs k times, too.) Flax's `TrainState.apply_gradients` does not pass them to the optimizer. Use its two lines
+    instead, with the arguments:
 
         updates, opt_state = ts.tx.update(grads, ts.opt_state, ts.params, valid_grad_fn=fn)
         ts = ts.replace(step=ts.step + 1, params=optax.apply_updates(ts.params, updates), opt_state=opt_state)
@@ -150,7 +157,9 @@ def self_tuning(
     Returns:
       A transform. Its `update` requires the parameters, and takes `valid_grad_fn` or `valid_batch`, and `grad_fn`, as
         extra arguments. Its state has the attribute `hyperparams`, which is λ as the last step used it; in a chain,
-        `optax.tree.get(state, "hyperparams")` reads it.
+        `optax.tree.get(state, "hyperparams")` reads it. With a tuner that is a `self_tuning` too, or within
+        `inject_hyperparams`, two states have this attribute, and optax raises a KeyError. Read it from the member of
+        the chain then: `state[1].hyperparams`.
 
     Raises:
       ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
@@ -174,7 +183,9 @@ def self_tuning(
 
     >>> import jax, jax.numpy as jnp, optax
     >>> from metaopt import transforms
-    >>> sgd = transforms.self_tuning(lambda hp: optax.sgd(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1))
+    >>> sgd = transforms.self_tuning(
+    ...     lambda hp: optax.sgd(hp["rate"]), {"rate": 1e-3}, optax.sgd(0.1)
+    ... )
     >>> params, state = jnp.array([1.0, 2.0]), sgd.init(jnp.array([1.0, 2.0]))
     >>> for _ in range(50):
     ...     updates, state = sgd.update(params, state, params)

@@ -1,5 +1,7 @@
 """`AutoClassifier` and `AutoRegressor`: scikit-learn's contract, rows, folds, inputs and predictions."""
 
+import concurrent.futures
+import contextlib
 import gc
 import importlib
 import os
@@ -13,7 +15,10 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn import datasets, inspection, metrics
+import sklearn
+import skops.io
+import threadpoolctl
+from sklearn import datasets, inspection, linear_model, metrics
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
@@ -78,7 +83,16 @@ def test_rows_are_predicted_one_at_a_time_and_by_the_names_of_columns(wine, fitt
     np.testing.assert_array_equal(fitted.predict_proba(x.assign(more=1)[["more", *x.columns]]), whole)
     with pytest.raises(ValueError, match="in the same order"):  # scikit-learn's contract
         fitted.predict_proba(x[x.columns[::-1]])
-    np.testing.assert_array_equal(fitted.predict_proba(x[x.columns[::-1]][fitted.feature_names_in_]), whole)
+
+
+def test_threads_that_predict_at_a_time_leave_the_settings_of_the_process(wine, fitted):
+    x, filters = wine[2], list(warnings.filters)
+    num_threads = lambda: sorted((pool["filepath"], pool["num_threads"]) for pool in threadpoolctl.threadpool_info())
+    whole, before = fitted.predict_proba(x), num_threads()  # the first call loads libraries
+    predict = lambda _: np.testing.assert_array_equal(fitted.predict_proba(x), whole)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(predict, range(24)))
+    assert warnings.filters == filters and num_threads() == before
 
 
 def test_columns_that_were_dropped_need_not_be_in_new_rows(wine):
@@ -87,6 +101,15 @@ def test_columns_that_were_dropped_need_not_be_in_new_rows(wine):
     model = automl.AutoClassifier(**QUICK | {"models": ("linear",)}).fit(wide, y)
     predicted = model.predict_proba(new.assign(number=0, same=0))
     np.testing.assert_array_equal(model.predict_proba(new), predicted)
+    ordered = lambda X: X[[name for name in model.feature_names_in_ if name in X.columns]]  # as the error shows
+    for X in (new[new.columns[::-1]], new[new.columns[::-1]].assign(number=0, more=1)):
+        with pytest.raises(
+            ValueError, match="`X\\[\\[name for name in model.feature_names_in_ if name in X.columns\\]\\]`"
+        ):
+            model.predict_proba(X)
+        np.testing.assert_array_equal(model.predict_proba(ordered(X)), predicted)
+    with pytest.raises(ValueError, match="now missing:\n- hue"):  # it is needed: `reindex` would fill it with gaps
+        model.predict_proba(ordered(new[new.columns[::-1]].drop(columns=["hue"])))
     importance = model.importance(new, truth, n_repeats=2).set_index("column")
     assert (importance.loc[["number", "same"]] == 0).all(axis=None) and importance["mean"].max() > 0
 
@@ -144,6 +167,26 @@ def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted
         assert all(file[name].dtype.kind != "O" for name in file.files)
 
 
+@pytest.mark.parametrize("is_other_version", [False, True])
+def test_a_library_that_predicts_other_values_or_fails_is_an_error(is_other_version, wine, tmp_path, monkeypatch):
+    model = automl.AutoClassifier(**QUICK | {"models": "linear"}).fit(*wine[:2])
+    metaopt.save(tmp_path / "model.npz", model)
+    regression, note = linear_model.LogisticRegression, r"$"
+    predict_proba = regression.predict_proba
+    if is_other_version:
+        note = rf" \(it was saved with sklearn {sklearn.__version__}; install these versions, here are sklearn 1.0\)"
+        monkeypatch.setattr(sklearn, "__version__", "1.0")
+        metaopt.load(tmp_path / "model.npz")  # other versions are no error by themselves
+    monkeypatch.setattr(regression, "predict_proba", lambda self, x: predict_proba(self, x)[:, ::-1])
+    with pytest.raises(ValueError, match="its models predict other values than when they were saved" + note):
+        metaopt.load(tmp_path / "model.npz")
+    monkeypatch.setattr(regression, "predict_proba", lambda self, x: self.multi_class)
+    with pytest.raises(
+        ValueError, match="do not fit each other: 'LogisticRegression' object has no attribute.*" + note
+    ):
+        metaopt.load(tmp_path / "model.npz")
+
+
 def small_forests(wine, kind):
     """Three trees of each forest: files of whole forests take seconds."""
     model = automl.AutoClassifier(**QUICK | {"models": kind}).fit(*wine[:2])
@@ -180,10 +223,21 @@ class Unknown:
     """A type that no model contains."""
 
 
+@contextlib.contextmanager
+def damaged_first_model(path, estimator):
+    """Saves an estimator whose first model the body damages. `metaopt.save` would predict with the damaged model."""
+    metaopt.save(path, estimator)
+    member = estimator.ensemble_.members[0]
+    yield member.models[0]
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays[f"{member.member.name} 0: model"] = np.frombuffer(skops.io.dumps(member.models[0]), np.uint8)
+    np.savez(path, **arrays)
+
+
 def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path):
-    forest = extra_trees.ensemble_.members[0].models[0]
-    forest.unknown = Unknown()
-    metaopt.save(tmp_path / "model.npz", extra_trees)
+    with damaged_first_model(tmp_path / "model.npz", extra_trees) as forest:
+        forest.unknown = Unknown()
     del forest.unknown
     with pytest.raises(ValueError, match="Untrusted types.*Unknown"):
         metaopt.load(tmp_path / "model.npz")
@@ -192,9 +246,9 @@ def test_a_model_with_another_type_is_rejected(extra_trees, tmp_path):
 def test_a_tree_with_categorical_nodes_is_rejected(hist_gradient_boosting, tmp_path):
     """No kind has them; their sets of levels would be at positions that a file names."""
     # scikit-learn has no public name for these nodes.
-    is_categorical = hist_gradient_boosting.ensemble_.members[0].models[0]._predictors[0][0].nodes["is_categorical"]
-    is_categorical[0] = 1
-    metaopt.save(tmp_path / "model.npz", hist_gradient_boosting)
+    with damaged_first_model(tmp_path / "model.npz", hist_gradient_boosting) as model:
+        is_categorical = model._predictors[0][0].nodes["is_categorical"]
+        is_categorical[0] = 1
     is_categorical[0] = 0
     with pytest.raises(ValueError, match="by categories"):
         metaopt.load(tmp_path / "model.npz")
@@ -209,9 +263,9 @@ def test_a_tree_with_categorical_nodes_is_rejected(hist_gradient_boosting, tmp_p
     ],
 )
 def test_a_tree_that_points_outside_is_rejected(field, value, message, extra_trees, tmp_path):
-    nodes = getattr(extra_trees.ensemble_.members[0].models[0].estimators_[0].tree_, field)
-    correct, nodes[0] = nodes[0], value
-    metaopt.save(tmp_path / "model.npz", extra_trees)
+    with damaged_first_model(tmp_path / "model.npz", extra_trees) as forest:
+        nodes = getattr(forest.estimators_[0].tree_, field)
+        correct, nodes[0] = nodes[0], value
     nodes[0] = correct
     with pytest.raises(ValueError, match=message):
         metaopt.load(tmp_path / "model.npz")

@@ -131,6 +131,48 @@ def test_two_studies_of_one_task_are_kept_in_one_file(tmp_path):
     assert len(blackbox.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}).trials) == 20
 
 
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_an_existing_study_gets_only_the_trials_that_it_does_not_have(kind, tmp_path):
+    if kind == "file":
+        pytest.importorskip("sqlalchemy")
+    storage = optuna.storages.InMemoryStorage() if kind == "memory" else f"sqlite:///{tmp_path}/study.db"
+    add = lambda records: (
+        blackbox.to_optuna_study(records, SPACE, storage=storage, study_name="t", load_if_exists=True).trials
+    )
+    twice = [*RECORDS, RECORDS[0]]  # the last one is a trial of another study
+    assert len(add(twice)) == len(add(twice)) == 4
+    more = RECORDS[0]._replace(trial=5, outcome=0.1)
+    assert [trial.value for trial in add([*twice, more])[3:]] == [0.25, 0.1]
+    assert len(add([more._replace(seed=12), RECORDS[3]._replace(outcome=0.4)])) == 7
+
+
+def test_records_of_a_study_are_not_added_to_it_again():
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="t", sampler=optuna.samplers.RandomSampler(0))
+
+    def objective(trial):
+        value = trial.suggest_float("x", 0, 1)
+        trial.report(value, 1)
+        if value < 0.5:
+            raise optuna.TrialPruned
+        return value if value < 0.7 else math.nan
+
+    study.optimize(objective, n_trials=8)
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE", "PRUNED", "FAIL"}
+    records = blackbox.from_optuna_study(study)
+    records.append(Record("t", {"x": 0.1}, 0.1, trial=8))
+    options = {"storage": storage, "study_name": "t", "load_if_exists": True}
+    assert len(blackbox.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}, **options).trials) == 9
+
+
+def test_a_study_that_maximizes_gets_no_outcomes_of_the_wrong_sign():
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="t", direction="maximize")
+    with pytest.raises(ValueError, match="study 't' maximizes an objective, but .* always minimized"):
+        blackbox.to_optuna_study(RECORDS, SPACE, storage=storage, study_name="t", load_if_exists=True)
+    assert study.trials == []
+
+
 def test_steps_are_as_fine_as_a_trial_s_fidelities():
     space = {"x": spaces.interval(0.0, 1.0)}
     epochs = (1, 2, 3, 4, 5, 6, 4_000)

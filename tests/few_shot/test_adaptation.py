@@ -375,6 +375,11 @@ def test_model_state_is_carried_and_seen():
     outputs = few_shot.adapted(a, hyperparams, predict, with_context=True)(KEY, task.train, task.valid)
     np.testing.assert_allclose(outputs[0], 0.7 * DATA[1]["x"], rtol=1e-12)
     np.testing.assert_allclose(((outputs[1] - DATA[1]["y"]) ** 2).mean(), estimate.value, rtol=1e-12)
+    # The unrolled loop, as the docstring of `adapted` describes it.
+    state = hypergrad.unroll(a.unrolling.loop, num_steps=1)(KEY, hyperparams, task.train)
+    context = a.unrolling.loop.context(state)
+    context = context._replace(model_state=context.model_state.own)
+    np.testing.assert_allclose(predict(a.params(state, hyperparams), task.valid, context), outputs[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("returned", ["nothing", "state"])

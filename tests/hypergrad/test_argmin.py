@@ -107,3 +107,13 @@ def test_a_leaf_that_no_hyperparameter_touches_directly():
     ):
         for derivative in derivatives:
             chex.assert_trees_all_close(derivative(outer)(0.1), derivative(expected)(0.1), rtol=1e-8)
+
+
+def test_a_fixed_point_is_a_minimum_of_half_the_squared_residual():
+    step = lambda z, shift: 0.9 * jnp.roll(z, 1) + shift**2  # its Jacobian is not symmetric
+    half_square = lambda z, shift, data: ((step(z, shift) - z) ** 2).sum() / 2
+    solve = hypergrad.argmin(half_square, tol=1e-12, solver=hypergrad.cg(num_steps=50))
+    shift = jnp.linspace(-1.0, 1.0, 5)
+    jacobian = jax.jit(jax.jacobian(lambda shift: solve(jnp.zeros(5), shift)))(shift)
+    matrix = jnp.eye(5) - 0.9 * jnp.roll(jnp.eye(5), 1, axis=0)
+    chex.assert_trees_all_close(jacobian, jnp.linalg.inv(matrix) @ jnp.diag(2 * shift), rtol=1e-6, atol=1e-6)

@@ -14,8 +14,8 @@ import small_estimators as small
 from metaopt import _locks, training
 
 
-def fit(checkpoint_dir=None, num_steps=12, optimizer=None, **options):
-    learner = training.learner(small.carried(), optax.adam(0.1) if optimizer is None else optimizer)
+def fit(checkpoint_dir=None, num_steps=12, optimizer=None, estimator=None, **options):
+    learner = training.learner(estimator or small.carried(), optax.adam(0.1) if optimizer is None else optimizer)
     arguments = {"sample_tasks": small.sample, "hyperparams": {"x": 0.5}, "key": jax.random.key(0), "progress": False}
     return training.fit(learner, num_steps=num_steps, checkpoint_dir=checkpoint_dir, **(arguments | options))
 
@@ -74,6 +74,31 @@ def test_the_start_of_a_step_with_a_nonfinite_task_is_kept_and_taken_again(tmp_p
 
 
 @pytest.mark.once
+def test_a_corrected_estimator_takes_a_kept_step_again(tmp_path):
+    """A first replay writes no checkpoint, so that the corrected one does not continue after the step."""
+    quadratic = small.batched(small.carried_single())
+    corrected = quadratic._replace(
+        init=lambda key, hyperparams, tasks: quadratic.init(key, hyperparams, jnp.nan_to_num(tasks)),
+        estimate=lambda hyperparams, tasks, state: quadratic.estimate(hyperparams, jnp.nan_to_num(tasks), state),
+    )
+    options = {"sample_tasks": sample_some_nan}
+    unbroken = fit(tmp_path, num_steps=20, keep_nonfinite=1, **options)
+    step = int(np.flatnonzero(unbroken.history["num_nonfinite"])[0])
+    folder = tmp_path / "nonfinite" / str(step)
+    for _ in range(2):
+        again = fit(folder, num_steps=step + 1, keep_nonfinite=1, **options)
+        assert again.history["num_nonfinite"][step] == unbroken.history["num_nonfinite"][step]
+    options |= {"estimator": corrected, "allow_changed_program": True}
+    result = fit(folder, num_steps=step + 1, **options)
+    assert result.state.step == step + 1 and result.history["num_nonfinite"][step] == 0
+    assert steps_in(folder) == [step] and not (folder / "nonfinite").exists()
+    shutil.copytree(folder, tmp_path / "corrected")  # an ordinary folder of checkpoints
+    whole = fit(tmp_path / "corrected", num_steps=20, **options)
+    assert steps_in(tmp_path / "corrected") == [step, 20]
+    assert np.all(whole.history["num_nonfinite"] == 0)
+
+
+@pytest.mark.once
 def test_keeping_the_start_of_a_step_does_not_change_the_tasks_of_the_next(tmp_path):
     """The slots end together after 2 steps, and each draw has another shape. The second draw has a NaN."""
     quadratic = small.quadratic()
@@ -109,7 +134,7 @@ def test_a_folder_of_a_nonfinite_step_that_exists_does_not_end_the_run(tmp_path,
         fit(tmp_path, num_steps=first + 1, keep_nonfinite=1, **options)
         shutil.rmtree(tmp_path / str(first + 1))  # as if it had been killed before
         fit(folder, num_steps=first + 1, **options)
-        assert steps_in(folder) == [first, first + 1]
+        assert steps_in(folder) == [first]
     lock = _locks.exclusive(str(folder / ".lock")) if other == "in use" else contextlib.nullcontext()
     with lock:
         again = fit(tmp_path, num_steps=20, keep_nonfinite=1, **options)

@@ -18,7 +18,7 @@ def test_the_page_runs(capsys, tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    first, log, in_space, sizes, _, _, derivatives, _, learned, *_ = capsys.readouterr().out.splitlines()
+    first, log, in_space, sizes, _, _, _, derivatives, _, learned, *_ = capsys.readouterr().out.splitlines()
     plain, tuned = map(float, first.split()[:2])
     assert tuned < plain and float(log.split()[0]) < plain and float(in_space.split()[0]) < plain
     broken, safe = map(float, derivatives.split())

@@ -86,8 +86,7 @@ def notes(records: Records, chosen, ours: str, optimizers) -> str:
         "fitted to all training rows and scored on the test rows.\n"
         "- Probabilities are mixed with 1 % of the uniform distribution.\n"
         "- Regret is that of the cross-validated loss: 0 at a table's best configuration and 1 at its worst.\n"
-        "- Brackets have the paired 95 % interval of a difference, from a bootstrap over families. For regret, it is "
-        f"the difference from {ours!r}.\n"
+        "- Brackets have the paired 95 % interval of a difference, from a bootstrap over families.\n"
         f"- p is from Wilcoxon's signed-rank test over tables against {ours!r}, with Holm's correction.\n"
         "- g, portfolio and random search choose among the configurations of the records.\n"
         + beside_average(records, chosen)

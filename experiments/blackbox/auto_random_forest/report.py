@@ -34,18 +34,20 @@ def compare(records: Records, chosen, ours: str, reference: str) -> tuple[list[s
         holm[name] = worst = max(worst, min(1.0, (len(p) - i) * p[name]))
     for i, name in enumerate(names):
         row = [name, f"{len(chosen[name][0])}", f"{losses[i].mean():.4f}", f"{errors[i].mean():.4f}"]
-        low, high = interval(records, regrets[i] - regrets[names.index(ours)])
-        row += [f"{regrets[i].mean():.4f}" + ("" if name == ours else f" [{low:+.4f}, {high:+.4f}]"), f"{ranks[i]:.2f}"]
+        row += [f"{regrets[i].mean():.4f}", f"{ranks[i]:.2f}"]
         for other in (reference, ours):
             difference = losses[i] - losses[names.index(other)]
             low, high = interval(records, difference)
             differences[name, other] = difference.mean(), low, high
             row.append("" if name == other else f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+        low, high = interval(records, regrets[i] - regrets[names.index(ours)])
+        row.append("" if name == ours else f"[{low:+.4f}, {high:+.4f}]")
         better = np.sign((losses[names.index(ours)] - losses[i]).round(9))
         row += ["", ""] if name == ours else [f"{(better > 0).sum()} / {(better < 0).sum()}", f"{holm[name]:.2g}"]
         rows.append(row)
     header = ["method", "seeds", "test log loss", "test error", "regret", "mean rank of test log loss"]
     header += [f"log loss minus that of {other}" for other in (reference, ours)]
+    header += [f"95 % interval of regret minus that of {ours}"]
     return [*header, "better / worse than it", "p"], rows, differences
 
 

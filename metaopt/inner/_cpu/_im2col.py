@@ -61,7 +61,9 @@ def im2col(fn: Callable, *, only_on_cpu: bool = False) -> Callable:
 
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import inner
-    >>> conv = jax.jit(lambda x, w: jax.lax.conv(x, w, window_strides=(2, 2), padding="SAME"))
+    >>> conv = jax.jit(
+    ...     lambda x, w: jax.lax.conv(x, w, window_strides=(2, 2), padding="SAME")
+    ... )
     >>> x, w = jnp.ones((1, 2, 5, 5)), jnp.ones((4, 2, 3, 3))
     >>> products = jax.jit(inner.im2col(conv))
     >>> bool(jnp.allclose(products(x, w), conv(x, w)))

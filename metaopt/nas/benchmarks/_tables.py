@@ -139,7 +139,9 @@ def benchmark_table(
       ValueError: if an outcome or a cost is infinite.
 
     >>> from metaopt import nas
-    >>> table = nas.benchmark_table("mine", ["digits"], ["depth", "width"], [2, 3], [[0, 2], [1, 0]], [[0.2], [0.1]])
+    >>> table = nas.benchmark_table(
+    ...     "mine", ["digits"], ["depth", "width"], [2, 3], [[0, 2], [1, 0]], [[0.2], [0.1]]
+    ... )
     >>> round(table.query([1, 0], "digits")[0], 3)
     0.1
     >>> [record.configuration for record in table.records()]

@@ -103,7 +103,9 @@ def darts_plus(
 
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> table = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
     >>> search = nas.darts_plus(table, (3,), ops=nas.BLOCKS, every=20)
     >>> search.settings["method"], search.settings["max_skips"]
     ('darts_plus', 1)

@@ -103,12 +103,15 @@ def meta_architecture_search(
     >>> import jax, jax.numpy as jnp
     >>> from metaopt import base, hypergrad, nas, predictors, spaces
     >>> cell = nas.complete_cell(1, ("none", "mlp"))
-    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> table = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
     >>> rule = lambda problem: hypergrad.unrolled(problem, num_steps=3)
     >>> search = nas.architecture_search(table, (3,), rule, ops=nas.BLOCKS, learn_init=True)
     >>> h = predictors.mlp({"cell": spaces.real(shape=(1, 2))}, num_features=5)
     >>> meta = nas.meta_architecture_search(search, h, num_steps=2)
-    >>> learned = meta.hyperparams(jax.random.key(0))  # `training.fit` of `meta.over_tasks()` learns it
+    >>> # `training.fit` of `meta.over_tasks()` learns it
+    >>> learned = meta.hyperparams(jax.random.key(0))
     >>> sorted(learned)
     ['h', 'init']
 

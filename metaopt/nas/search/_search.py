@@ -137,10 +137,17 @@ def architecture_search(
     >>> import jax
     >>> from metaopt import nas
     >>> cell = nas.complete_cell(2, ("none", "skip_connect", "mlp"))
-    >>> table = nas.Network({"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2)
+    >>> table = nas.Network(
+    ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
+    ... )
     >>> search = nas.darts(table, (3,), ops=nas.BLOCKS, keep=1)
-    >>> alpha = search.hyperparams(jax.random.key(0))  # then `training.fit` a learner of `search.estimator`
-    >>> search.settings["method"], search.settings["keep"]  # `fit(settings=search.settings)` knows its checkpoints
+    >>> # then `training.fit` a learner of `search.estimator`
+    >>> alpha = search.hyperparams(jax.random.key(0))
+    >>> # `fit(settings=search.settings)` knows its checkpoints
+    >>> (
+    ...     search.settings["method"],
+    ...     search.settings["keep"],
+    ... )
     ('darts', 1)
     >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
     2
@@ -150,11 +157,17 @@ def architecture_search(
     their weights to 0 or 1:
 
     >>> def fair_darts(network, in_shape, *, ops, weight=10.0, **options):
-    ...   def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
-    ...     entries = [(jax.nn.sigmoid(a) - 0.5) ** 2 for a in jax.tree.leaves(alpha)]
-    ...     return -weight * sum(x.mean() for x in entries) / len(entries)
-    ...   options = {"order": "first", "relaxation": nas.sigmoid(), "penalty": penalty, **options}
-    ...   return nas.darts(network, in_shape, ops=ops, **options)
+    ...     def penalty(alpha, step):  # -w (sigmoid(α) - 1/2)², mean over entries
+    ...         entries = [(jax.nn.sigmoid(a) - 0.5) ** 2 for a in jax.tree.leaves(alpha)]
+    ...         return -weight * sum(x.mean() for x in entries) / len(entries)
+    ...
+    ...     options = {
+    ...         "order": "first",
+    ...         "relaxation": nas.sigmoid(),
+    ...         "penalty": penalty,
+    ...         **options,
+    ...     }
+    ...     return nas.darts(network, in_shape, ops=ops, **options)
     >>> search = fair_darts(table, (3,), ops=nas.BLOCKS)
     >>> weights = search.weights(search.hyperparams(jax.random.key(0)))["cell"]
     >>> weights.shape, bool((abs(weights - 0.5) < 0.01).all())

@@ -77,8 +77,12 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     >>> task = base.Task({"x": x[:32], "y": y[:32]}, {"x": x[32:], "y": y[32:]})
     >>> search = nas.darts(network, (3,), ops=nas.BLOCKS, order="first")
     >>> result = training.fit(
-    ...     training.learner(search.estimator, optax.adam(0.1)), lambda key: task, num_steps=10, progress=False,
-    ...     hyperparams=search.hyperparams(jax.random.key(0)), key=jax.random.key(1),
+    ...     training.learner(search.estimator, optax.adam(0.1)),
+    ...     lambda key: task,
+    ...     num_steps=10,
+    ...     progress=False,
+    ...     hyperparams=search.hyperparams(jax.random.key(0)),
+    ...     key=jax.random.key(1),
     ... )
     >>> alpha = search.selected_alpha(result)
     >>> genotype = search.genotype(alpha)  # `nas.genotype_to_text` keeps it
@@ -86,9 +90,15 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     Train from scratch (without the auxiliary head, because no layer has a stride):
 
     >>> small = nas.discrete(network, genotype)
-    >>> alone = nas.retraining(small, (3,), ops=nas.BLOCKS, num_steps=20, batch_size=16, auxiliary=0)
+    >>> alone = nas.retraining(
+    ...     small, (3,), ops=nas.BLOCKS, num_steps=20, batch_size=16, auxiliary=0
+    ... )
     >>> state, losses = nas.train_loop(
-    ...     alone.loop, task.train, num_steps=alone.num_steps, key=jax.random.key(2), progress=False
+    ...     alone.loop,
+    ...     task.train,
+    ...     num_steps=alone.num_steps,
+    ...     key=jax.random.key(2),
+    ...     progress=False,
     ... )
 
     >>> trained = alone.finish(state, task.train)  # `metaopt.save` writes it
@@ -98,10 +108,14 @@ def search_report(scores: Sequence[ArchitectureScores]) -> SearchReport:
     The three accuracies (a real evaluation uses a third part of the rows, which neither search nor training has seen):
 
     >>> shared = result.state.estimator_state.inner.params  # the supernet's weights
-    >>> supernet = lambda weights: nas.trained_network(search.supernet, shared, task.train, weights=weights)
+    >>> supernet = lambda weights: nas.trained_network(
+    ...     search.supernet, shared, task.train, weights=weights
+    ... )
     >>> scores = nas.ArchitectureScores(
-    ...     "found", inherited=supernet(nas.one_hot(network, genotype)).accuracy(task.valid),
-    ...     retrained=(trained.accuracy(task.valid),), mixed=supernet(search.weights(alpha)).accuracy(task.valid),
+    ...     "found",
+    ...     inherited=supernet(nas.one_hot(network, genotype)).accuracy(task.valid),
+    ...     retrained=(trained.accuracy(task.valid),),
+    ...     mixed=supernet(search.weights(alpha)).accuracy(task.valid),
     ... )
     >>> print(nas.search_report([scores]).text)  # doctest: +ELLIPSIS
     |  | supernet, mixed | supernet's weights, discrete | retrained | mixed − discrete | seeds |

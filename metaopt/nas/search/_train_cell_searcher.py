@@ -102,12 +102,28 @@ def train_cell_searcher(
     >>> import itertools
     >>> from metaopt import base, nas
     >>> ops = ("none", "skip_connect", "mlp")
-    >>> cells = [{"0->1": first, "1->2": second} for first, second in itertools.product(ops, ops)]
-    >>> graph = lambda cell: nas.edge_graph([(0, 1, cell["0->1"]), (1, 2, cell["1->2"])], output=(2,))
+    >>> cells = [
+    ...     {"0->1": first, "1->2": second} for first, second in itertools.product(ops, ops)
+    ... ]
+    >>> graph = lambda cell: nas.edge_graph(
+    ...     [(0, 1, cell["0->1"]), (1, 2, cell["1->2"])], output=(2,)
+    ... )
     >>> value = {"none": 0.0, "skip_connect": 0.1, "mlp": 0.2}
-    >>> error = lambda cell, easy: 1 - easy * (2 * value[cell["0->1"]] + value[cell["1->2"]])
-    >>> records = [base.Record(f"task {easy}", cell, error(cell, easy)) for easy in (0.5, 0.7, 0.9) for cell in cells]
-    >>> sizes = {"width": 8, "num_layers": 1, "num_members": 2, "num_steps": 20, "batch_size": 9}
+    >>> error = lambda cell, easy: (
+    ...     1 - easy * (2 * value[cell["0->1"]] + value[cell["1->2"]])
+    ... )
+    >>> records = [
+    ...     base.Record(f"task {easy}", cell, error(cell, easy))
+    ...     for easy in (0.5, 0.7, 0.9)
+    ...     for cell in cells
+    ... ]
+    >>> sizes = {
+    ...     "width": 8,
+    ...     "num_layers": 1,
+    ...     "num_members": 2,
+    ...     "num_steps": 20,
+    ...     "batch_size": 9,
+    ... }
     >>> h = nas.train_cell_searcher(records, graph, progress=False, **sizes)
     >>> h.predict()  # a*, without a trial on the new task
     {'0->1': 'mlp', '1->2': 'mlp'}

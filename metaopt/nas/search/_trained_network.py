@@ -162,10 +162,14 @@ def trained_network(
 
     >>> import jax, numpy as np
     >>> from metaopt import nas
-    >>> network = nas.Network({}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2)
+    >>> network = nas.Network(
+    ...     {}, (nas.Layer("linear", 4), nas.Layer("norm_relu", 4)), num_outputs=2
+    ... )
     >>> supernet = nas.supernet(network, (3,), ops=nas.BLOCKS)
     >>> rows = np.random.default_rng(0).normal(size=(32, 3))
-    >>> trained = nas.trained_network(supernet, supernet.init(jax.random.key(0)), {"x": rows})
+    >>> trained = nas.trained_network(
+    ...     supernet, supernet.init(jax.random.key(0)), {"x": rows}
+    ... )
     >>> bool(trained.predict(rows[5:6])[0] == trained.predict(rows)[5])
     True
     """

@@ -38,7 +38,9 @@ def training_free_scores(
     >>> from metaopt import nas
     >>> network = nas.nas_bench_201_space(channels=2, cells_per_stage=1)
     >>> scores = {"synflow": nas.SCORES["synflow"]}
-    >>> score = nas.training_free_scores(network, (4, 4, 1), scores, ops=nas.NAS_BENCH_201_OPS)
+    >>> score = nas.training_free_scores(
+    ...     network, (4, 4, 1), scores, ops=nas.NAS_BENCH_201_OPS
+    ... )
     >>> key, batch = jax.random.key(0), {"x": jnp.zeros((2, 4, 4, 1))}
     >>> float(score(key, {"cell": ()}, batch)["synflow"])  # of the cell without any op
     -inf
@@ -90,10 +92,14 @@ def screened_random_search(score: Callable[[dict[str, Any]], float], *, num_cand
 
     >>> import jax
     >>> from metaopt import nas, spaces
-    >>> searcher = nas.screened_random_search(lambda c: -abs(c["depth"] - 40), num_candidates=50)
+    >>> searcher = nas.screened_random_search(
+    ...     lambda c: -abs(c["depth"] - 40), num_candidates=50
+    ... )
     >>> state = searcher.init(jax.random.key(0), {"depth": spaces.integer(1, 99)})
     >>> (first, second), state = searcher.ask(state, 2)
-    >>> abs(first.configuration["depth"] - 40) <= abs(second.configuration["depth"] - 40) < 10
+    >>> abs(first.configuration["depth"] - 40) <= abs(
+    ...     second.configuration["depth"] - 40
+    ... ) < 10
     True
     """
     random = blackbox.random_search(first=())
