@@ -17,7 +17,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import docstrings  # noqa: E402
 import extension  # noqa: E402
-
 import metaopt  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -36,8 +35,12 @@ include_patterns = [
 ]
 exclude_patterns = ["docs/_build", ".*", "build", "dist", "tests"]
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!metaopt).*|.*\._.*")]  # other packages, and private types
-suppress_warnings = ["myst.header"]  # the pages of results, which scripts write, skip a level
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!metaopt).*|.*\._.*")
+]  # other packages, and private types
+suppress_warnings = [
+    "myst.header"
+]  # the pages of results, which scripts write, skip a level
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -53,10 +56,16 @@ nb_output_stderr = "warn"
 nb_merge_streams = True
 nb_ipywidgets_js = {}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half the seconds of compiling
+os.environ.setdefault(
+    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
+)  # half the seconds of compiling
 # Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
-os.environ.setdefault("PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"')
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+os.environ.setdefault(
+    "PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"'
+)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+)
 
 autodoc_member_order = "alphabetical"
 autodoc_typehints = "signature"
@@ -89,17 +98,28 @@ def visit_math(writer, node):
     A process that writes a part of the pages may end with an error without a word. A warning ends the build with `-W`.
     """
     try:
-        formula = latex2mathml.tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
-        writer.body.append(_numbered(node, formula) if node.get("number") else formula)
+        formula = latex2mathml.tex2mathml(
+            node.astext(), as_block=isinstance(node, nodes.math_block)
+        )
+        writer.body.append(
+            _numbered(node, formula) if node.get("number") else formula
+        )
     except math.MathError as error:
-        logger.warning("%s in the formula %r. Write a dollar as code.", error, node.astext(), location=node)
+        logger.warning(
+            "%s in the formula %r. Write a dollar as code.",
+            error,
+            node.astext(),
+            location=node,
+        )
     raise nodes.SkipNode
 
 
 def _numbered(node, formula):
     """The HTML of a formula with a label, such as `$$ ... $$ (1)`. Sphinx numbers these formulas on each page."""
     name, number = node["ids"][0], node["number"]
-    link = f'<a class="headerlink" href="#{name}" title="Link to this equation">#</a>'
+    link = (
+        f'<a class="headerlink" href="#{name}" title="Link to this equation">#</a>'
+    )
     return f'<div id="{name}"><span class="eqno">({number}){link}</span>{formula}</div>'
 
 

@@ -14,10 +14,14 @@ import textwrap
 import metaopt
 
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example|Examples):$")
-_ENTRY = re.compile(r"^(\*{0,2}\w[\w., *]*): ?(.*)$")  # an indented line continues the entry above it
+_ENTRY = re.compile(
+    r"^(\*{0,2}\w[\w., *]*): ?(.*)$"
+)  # an indented line continues the entry above it
 _BOLD = r"(?<![\w*])\*\*[^\s*`](?:[^*`]*[^\s*`])?\*\*"
 _INLINE = re.compile(rf"{_BOLD}|`[^`]+`|https?://[^\s,;)]+")
-_TABLE = re.compile(r"\|.*\|\n\|(?: *-+ *\|)+$")  # the head of a table in Markdown, and the line below it
+_TABLE = re.compile(
+    r"\|.*\|\n\|(?: *-+ *\|)+$"
+)  # the head of a table in Markdown, and the line below it
 _FIELD = type(collections.namedtuple("Pair", "first").first)
 
 
@@ -38,7 +42,9 @@ def public_reference(app, env, node, contnode):
     if node.get("refdomain") != "py" or target == node["reftarget"]:
         return None
     domain = env.get_domain("py")
-    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, "obj", target, node, contnode
+    )
 
 
 def converted(lines, room):
@@ -51,7 +57,11 @@ def converted(lines, room):
             sections.append((header[1] if header else "", []))
         if not header:
             sections[-1][1].append(line)
-    return [line for title, body in sections for line in (*_section(title, body, room), "")]
+    return [
+        line
+        for title, body in sections
+        for line in (*_section(title, body, room), "")
+    ]
 
 
 def _section(title, body, room):
@@ -60,7 +70,11 @@ def _section(title, body, room):
         return [":returns:", *_indented(_prose(body, room))]
     if title in ("Args", "Attributes", "Raises"):
         role = {"Args": "param", "Attributes": "ivar", "Raises": "raises"}[title]
-        return [line for name, text in _entries(body) for line in _field(role, name, text, room)]
+        return [
+            line
+            for name, text in _entries(body)
+            for line in _field(role, name, text, room)
+        ]
     return _prose(body, room)
 
 
@@ -78,7 +92,10 @@ def _entries(body):
 
 def _field(role, name, text, room):
     rest = textwrap.dedent("\n".join(text[1:])).split("\n") if text[1:] else []
-    return [f":{role} {_escaped(name)}:", *_indented(_prose([text[0], *rest], room))]
+    return [
+        f":{role} {_escaped(name)}:",
+        *_indented(_prose([text[0], *rest], room)),
+    ]
 
 
 def _indented(lines):
@@ -93,7 +110,10 @@ def _prose(lines, room):
             continue
         if mode != "doctest" and _TABLE.match("\n".join(lines[i : i + 2])):
             mode = "table"
-            out += _table(itertools.takewhile(lambda row: row.startswith("|"), lines[i:]), room)
+            out += _table(
+                itertools.takewhile(lambda row: row.startswith("|"), lines[i:]),
+                room,
+            )
             continue
         after_blank = i == 0 or not lines[i - 1].strip()
         item = re.match(r" *(- |\d+\. )", line)
@@ -116,7 +136,13 @@ def _prose(lines, room):
         if mode == "doctest":
             out.append(line)
             continue
-        if item and out and out[-1] and not re.match(r" *(- |\d+\. )", lines[i - 1]) and mode == "list":
+        if (
+            item
+            and out
+            and out[-1]
+            and not re.match(r" *(- |\d+\. )", lines[i - 1])
+            and mode == "list"
+        ):
             out.append("")
         out.append(_inline(line.strip() if mode == "text" else line, room))
     return out
@@ -124,11 +150,22 @@ def _prose(lines, room):
 
 def _table(rows, room):
     """A table of Markdown as a directive. The second row, of dashes, only ends the head."""
-    head, _, *body = ([cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows)
+    head, _, *body = (
+        [cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows
+    )
     items = [
-        ("     - " if j else "   * - ") + _inline(cell, room) for row in (head, *body) for j, cell in enumerate(row)
+        ("     - " if j else "   * - ") + _inline(cell, room)
+        for row in (head, *body)
+        for j, cell in enumerate(row)
     ]
-    return ["", ".. list-table::", "   :header-rows: 1", "", *(item.rstrip() for item in items), ""]
+    return [
+        "",
+        ".. list-table::",
+        "   :header-rows: 1",
+        "",
+        *(item.rstrip() for item in items),
+        "",
+    ]
 
 
 def _with_whole_code(lines):
@@ -150,10 +187,16 @@ def _inline(line, room):
         if match[0].startswith("**"):
             code = f"**{_escaped(match[0][2:-2])}**"
         else:
-            code = match[0] if match[0].startswith("http") else _code(match[0].strip("`").strip(), room)
+            code = (
+                match[0]
+                if match[0].startswith("http")
+                else _code(match[0].strip("`").strip(), room)
+            )
         # Markup begins after a space or an opening bracket, and ends before a space or punctuation.
         start = "\\ " * bool(re.search(r"[^\s(\[{<'\"/:-]$", before))
-        parts.append(start + code + "\\ " * bool(re.match(r"[^\s)\]}>'\"/:.,;!?-]", after)))
+        parts.append(
+            start + code + "\\ " * bool(re.match(r"[^\s)\]}>'\"/:.,;!?-]", after))
+        )
         end = match.end()
     return "".join([*parts, _escaped(line[end:])])
 
@@ -166,7 +209,9 @@ def _code(code, room):
     """A link to a public function or class, or a literal. A name without a room is of `room` or of `base`."""
     for path in [code] if "." in code else [f"{room}.{code}", f"base.{code}"]:
         owner, _, name = path.removeprefix("metaopt.").partition(".")
-        if owner in _rooms() and _is_public(importlib.import_module(f"metaopt.{owner}"), name):
+        if owner in _rooms() and _is_public(
+            importlib.import_module(f"metaopt.{owner}"), name
+        ):
             return f":py:obj:`{code} <metaopt.{owner}.{name}>`"
     return f"``{code}``"
 
@@ -176,8 +221,16 @@ def _is_public(module, name):
     value = getattr(module, name, None)
     if not (inspect.isfunction(value) or inspect.isclass(value)):
         return False
-    return name in module.__all__ if hasattr(module, "__all__") else value.__module__ == module.__name__
+    return (
+        name in module.__all__
+        if hasattr(module, "__all__")
+        else value.__module__ == module.__name__
+    )
 
 
 def _rooms():
-    return [name for name in dir(metaopt) if inspect.ismodule(getattr(metaopt, name)) and name[0] != "_"]
+    return [
+        name
+        for name in dir(metaopt)
+        if inspect.ismodule(getattr(metaopt, name)) and name[0] != "_"
+    ]

@@ -23,7 +23,9 @@ class CellsInTabs(SphinxTransform):
                 siblings = cell.parent.children
                 tabs = siblings[siblings.index(cell) - 1]
                 if tabs.get("design_component") != "tab-set":
-                    raise ValueError(f"The cell at line {cell.line} of {cell.source} does not follow a set of tabs.")
+                    raise ValueError(
+                        f"The cell at line {cell.line} of {cell.source} does not follow a set of tabs."
+                    )
                 cell.parent.remove(cell)
                 tabs.children[-1].children[-1].append(cell)
 
@@ -34,11 +36,17 @@ def spread_cells(app, env, docnames):
     Sphinx gives each process a chunk of pages. In the order of names, one process would run most of the cells.
     """
     num = max(app.parallel, 1)  # 0 without `-j`
-    with_cells = [name for name in docnames if "{code-cell}" in env.doc2path(name).read_text()]
+    with_cells = [
+        name for name in docnames if "{code-cell}" in env.doc2path(name).read_text()
+    ]
     size = len(make_chunks(docnames, num)[0]) if docnames else 0
     others = iter([name for name in docnames if name not in with_cells])
     chunks = [with_cells[i::num] for i in range(num)]
-    docnames[:] = [name for chunk in chunks for name in [*chunk, *itertools.islice(others, max(size - len(chunk), 0))]]
+    docnames[:] = [
+        name
+        for chunk in chunks
+        for name in [*chunk, *itertools.islice(others, max(size - len(chunk), 0))]
+    ]
     docnames += others
 
 
@@ -46,7 +54,9 @@ def fill_gallery(app, docname, source):
     """Handles `source-read`: replaces the mark by the cards of all experiments."""
     if "<!-- gallery -->" in source[0]:
         app.env.note_dependency(str(EXPERIMENTS))
-        source[0] = source[0].replace("<!-- gallery -->", cards(EXPERIMENTS.read_text()))
+        source[0] = source[0].replace(
+            "<!-- gallery -->", cards(EXPERIMENTS.read_text())
+        )
 
 
 def cards(text):
@@ -55,14 +65,24 @@ def cards(text):
     for theme in text.split("\n## ")[1:]:
         rows = [row.groups() for row in map(_ROW.match, theme.split("\n")) if row]
         grid = "\n".join(_card(*row) for row in rows)
-        parts.append(f"## {theme.split(chr(10))[0]}\n\n::::{{grid}} 1 1 2 2\n:gutter: 3\n\n{grid}\n::::\n")
+        parts.append(
+            f"## {theme.split(chr(10))[0]}\n\n::::{{grid}} 1 1 2 2\n:gutter: 3\n\n{grid}\n::::\n"
+        )
     return "\n".join(parts)
 
 
 def _card(question, answer, command, data, minutes, links):
     pages = re.findall(r"results/(\w+)\.md", links)
-    minutes = f"{minutes} min" if minutes[0].isdigit() else "a few minutes" if minutes == "minutes" else minutes
-    more = " ".join(f"[{page}](../experiments/results/{page}.md)" for page in pages[1:])
+    minutes = (
+        f"{minutes} min"
+        if minutes[0].isdigit()
+        else "a few minutes"
+        if minutes == "minutes"
+        else minutes
+    )
+    more = " ".join(
+        f"[{page}](../experiments/results/{page}.md)" for page in pages[1:]
+    )
     return f""":::{{grid-item-card}} {question}
 :link: /experiments/results/{pages[0]}
 :link-type: doc

@@ -13,7 +13,9 @@ import jupytext
 import nbformat
 
 ROOT = Path(__file__).parents[1]
-REPOSITORY = "https://github.com/OWNER/metaopt.git"  # no copy has a public address yet
+REPOSITORY = (
+    "https://github.com/OWNER/metaopt.git"  # no copy has a public address yet
+)
 PAGES = {
     "start_here": "docs/start_here.md",
     "few_shot": "docs/how_to/few_shot_images.md",
@@ -52,32 +54,54 @@ import jax
 
 import metaopt
 
-print("metaopt", metaopt.__version__, "with jax", jax.__version__)""".replace("{repository}", REPOSITORY)
+print("metaopt", metaopt.__version__, "with jax", jax.__version__)""".replace(
+    "{repository}", REPOSITORY
+)
 DEVICES = """
 print("devices:", jax.devices())"""
 
 
 def cells_of(page: str) -> list[nbformat.NotebookNode]:
     """The cells of a page, without those that only the build of the site needs."""
-    text = re.sub(r"\A---\n.*?\n---\n", "", (ROOT / page).read_text(), flags=re.DOTALL)
-    cells = jupytext.reads(text, fmt="md:myst" if "{code-cell}" in text else "md").cells
-    return [cell for cell in cells if "remove-cell" not in cell.metadata.get("tags", [])]
+    text = re.sub(
+        r"\A---\n.*?\n---\n", "", (ROOT / page).read_text(), flags=re.DOTALL
+    )
+    cells = jupytext.reads(
+        text, fmt="md:myst" if "{code-cell}" in text else "md"
+    ).cells
+    return [
+        cell for cell in cells if "remove-cell" not in cell.metadata.get("tags", [])
+    ]
 
 
 def notebook(page: str) -> nbformat.NotebookNode:
     """The notebook of a page: without outputs, with the cell that installs metaopt, and with links from `colab/`."""
     cells, new = cells_of(page), nbformat.v4
-    sets_devices = any("jax_num_cpu_devices" in cell.source for cell in cells)  # only before `jax.devices()`
+    sets_devices = any(
+        "jax_num_cpu_devices" in cell.source for cell in cells
+    )  # only before `jax.devices()`
     written = [new.new_code_cell(INSTALL if sets_devices else INSTALL + DEVICES)]
     for cell in cells:
-        make = new.new_code_cell if cell.cell_type == "code" else new.new_markdown_cell
-        written.append(make(cell.source if cell.cell_type == "code" else relinked(cell.source, page)))
+        make = (
+            new.new_code_cell if cell.cell_type == "code" else new.new_markdown_cell
+        )
+        written.append(
+            make(
+                cell.source
+                if cell.cell_type == "code"
+                else relinked(cell.source, page)
+            )
+        )
     if cells[0].cell_type == "markdown":
         written[:2] = written[1::-1]  # the title comes first
     for i, cell in enumerate(written):
         cell.id = f"cell-{i:02}"
     metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "kernelspec": {
+            "display_name": "Python 3",
+            "language": "python",
+            "name": "python3",
+        },
         "language_info": {"name": "python"},
     }
     return new.new_notebook(cells=written, metadata=metadata)
@@ -111,8 +135,14 @@ def collect_records(name: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", action="store_true", help="collect the records of pages again, in minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--records",
+        action="store_true",
+        help="collect the records of pages again, in minutes",
+    )
     if parser.parse_args().records:
         for name in WITH_RECORDS:
             collect_records(name)

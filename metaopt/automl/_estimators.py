@@ -433,7 +433,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
 
     def predict(self, X) -> np.ndarray:
         """Returns the predicted target of each row, [n]."""
-        return self.mean_ + self.scale_ * self._predict_ensemble(X)
+        predicted = self._predict_ensemble(X)  # checks first that the model is fitted
+        return self.mean_ + self.scale_ * predicted
 
     def predict_interval(self, X, *, coverage: float = 0.9) -> np.ndarray:
         """Returns an interval for each row. The interval contains the true target with a given probability.

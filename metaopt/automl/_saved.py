@@ -172,9 +172,11 @@ def _decode_model(prefix: str, kind: str, header: dict[str, Any], file: _files.N
         try:
             return _kinds.KINDS[kind].loads(data) if data else None
         except ImportError as error:
-            if note := _note_of_versions(header):  # the library is installed, but lacks a part that another version has
+            note = _note_of_versions(header)
+            if note and (error.name or "").split(".")[0] in sys.modules:  # it lacks a part that another version has
                 raise ValueError(f"its model {prefix.rstrip(': ')} cannot be read: {error}{note}") from error
-            raise ImportError(f"The file has a model {kind}: {_extras.hint('automl')} ({error}).") from error
+            extra = "catboost" if kind == "catboost" else "automl"
+            raise ImportError(f"The file has a model {kind}: {_extras.hint(extra)} ({error}).") from error
         except Exception as error:  # each library has its own types of errors
             raise ValueError(
                 f"its model {prefix.rstrip(': ')} cannot be read: {error}{_note_of_versions(header)}"

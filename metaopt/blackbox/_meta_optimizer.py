@@ -212,7 +212,7 @@ def train_meta_optimizer(
     >>> trial.configuration == configuration
     True
     >>> outcome = loss(trial.configuration, 0.8)
-    >>> # and ask again
+    >>> # tell the outcome, and ask again
     >>> state = searcher.tell(state, [trial._replace(status="COMPLETE", outcome=outcome)])
     """
     _check_shares(deep_share=deep_share, transformer_share=transformer_share)

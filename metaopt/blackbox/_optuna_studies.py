@@ -95,7 +95,8 @@ def to_optuna_study(
             f"The existing study {study.study_name!r} maximizes an objective, but the outcomes of records are always "
             "minimized. Use another `study_name`."
         )
-    present = collections.Counter(_identity(trial) for trial in study.get_trials(deepcopy=False))
+    identity = lambda trial: _identity(trial, num_objectives=len(study.directions))
+    present = collections.Counter(map(identity, study.get_trials(deepcopy=False)))
     if goals is not None:
         _set_names(study, goals.objectives)
     step_of = lambda fidelity: round(num_steps * float(fidelity))
@@ -128,8 +129,8 @@ def to_optuna_study(
             distributions={name: distributions[name] for name in values},
             **args,
         )
-        if present[_identity(trial)]:
-            present[_identity(trial)] -= 1
+        if present[identity(trial)]:
+            present[identity(trial)] -= 1
         else:
             study.add_trial(trial)
     return study
@@ -141,10 +142,10 @@ def _set_names(study: Any, names: Sequence[str]) -> None:
         study.set_metric_names(list(names))
 
 
-def _identity(trial: Any) -> str:
+def _identity(trial: Any, num_objectives: int) -> str:
     """Equal for two trials of the same record, also if the record was made from one of them."""
     at_steps = values_at_steps(trial)
-    last = at_steps[max(at_steps)] if at_steps else []
+    last = at_steps[max(at_steps)][:num_objectives] if at_steps else []  # values of constraints may follow
     values = {"COMPLETE": trial.values, "PRUNED": last}.get(trial.state.name) or []
     number, seed = trial.user_attrs.get(OURS + "trial", trial.number), trial.user_attrs.get(OURS + "seed", 0)
     return repr((number, seed, trial.state.name, list(map(float, values)), sorted(trial.params.items())))

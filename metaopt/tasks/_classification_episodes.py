@@ -58,7 +58,7 @@ def episodes(
       ValueError: if a class has too few examples, or too few groups to guarantee K and Q examples.
 
     >>> from metaopt import tasks
-    >>> # of 6 classes
+    >>> # images of 6 classes
     >>> images = np.repeat(np.arange(60, dtype=np.uint8), 16).reshape(60, 4, 4)
     >>> source = tasks.from_arrays(images, np.arange(60) // 10)
     >>> sample = tasks.episodes(source, num_ways=3, num_shots=2, num_query=4)

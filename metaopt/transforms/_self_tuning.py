@@ -49,7 +49,7 @@ def self_tuning(
     with respect to the λ of the last update u_{t−1} is h_t = (∂u_{t−1}/∂λ)ᵀ g_t. λ h is the derivative in log λ, so all
     rules except the first keep λ positive. The last two do not depend on the scale of the loss. With `optax.sgd(β)` as
     the tuner, they move the logarithm of a rate by β times the cosine between −g_t and the last step. A good initial
-    choice of β is 0.1 to 0.5. A rate that is 100 times too small then needs at least log(100)/β steps, 46 or 10, and
+    choice of β is 0.1 to 0.5. A rate that is 100 times too small then needs at least log(100)/β steps, 47 or 10, and
     several times as many if the cosines are small.
 
     These two rules differ if λ has more than one entry. "normalized" follows the gradient in log λ. An entry that moves

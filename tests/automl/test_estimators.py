@@ -171,7 +171,7 @@ def test_saved_estimators_predict_the_same_and_files_hold_no_pickle(wine, fitted
 def test_a_library_that_predicts_other_values_or_fails_is_an_error(is_other_version, wine, tmp_path, monkeypatch):
     model = automl.AutoClassifier(**QUICK | {"models": "linear"}).fit(*wine[:2])
     metaopt.save(tmp_path / "model.npz", model)
-    regression, note = linear_model.LogisticRegression, r"$"
+    regression, note = linear_model.LogisticRegression, r"\.$"
     predict_proba = regression.predict_proba
     if is_other_version:
         note = rf" \(it was saved with sklearn {sklearn.__version__}; install these versions, here are sklearn 1.0\)"

@@ -165,6 +165,19 @@ def test_records_of_a_study_are_not_added_to_it_again():
     assert len(blackbox.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}, **options).trials) == 9
 
 
+def test_a_pruned_trial_with_constraints_is_not_added_again():
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="t", directions=["minimize"] * 2)
+    for _ in range(3):
+        trial = study.ask({"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
+        blackbox.should_prune(trial, [0.5, 0.25], 1, constraints=[0.125])
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    records = blackbox.from_optuna_study(study)
+    options = {"storage": storage, "study_name": "t", "load_if_exists": True}
+    assert len(records) == 3
+    assert len(blackbox.to_optuna_study(records, {"x": spaces.interval(0.0, 1.0)}, **options).trials) == 3
+
+
 def test_a_study_that_maximizes_gets_no_outcomes_of_the_wrong_sign():
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(storage=storage, study_name="t", direction="maximize")

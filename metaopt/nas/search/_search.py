@@ -141,13 +141,10 @@ def architecture_search(
     ...     {"cell": cell}, (nas.Layer("linear", 4), nas.Layer("cell", 4)), num_outputs=2
     ... )
     >>> search = nas.darts(table, (3,), ops=nas.BLOCKS, keep=1)
-    >>> # then `training.fit` a learner of `search.estimator`
+    >>> # the initial α, for `training.fit` with a learner of `search.estimator`
     >>> alpha = search.hyperparams(jax.random.key(0))
     >>> # `fit(settings=search.settings)` knows its checkpoints
-    >>> (
-    ...     search.settings["method"],
-    ...     search.settings["keep"],
-    ... )
+    >>> search.settings["method"], search.settings["keep"]
     ('darts', 1)
     >>> len(search.genotype(alpha)["cell"])  # an edge into each of two nodes
     2
