@@ -110,6 +110,10 @@ def self_tuning(
     validation loss does. On three such problems γ = 1 (with a validation batch twice as large) was better than 0. On
     two others it was worse, and on the remaining ones the results were mixed.
 
+    **Not finite.** If a gradient makes h NaN or infinite, λ and the tuner's state stay the same in this step. Training
+    itself takes its step as usual. `optax.apply_if_finite(self_tuning(...), n)` skips steps whose training gradient is
+    not finite.
+
     **How far back.** The derivative of only one step is short-sighted. It omits the effect of λ on later steps, prefers
     small rates if gradients are noisy, and cannot measure the effect of a small decay over time. With a `discount`
     μ > 0 the derivative is carried along with training,
@@ -335,12 +339,15 @@ def _loss_gradient(loss_fn: Callable, batch: base.Batch, params: base.Params) ->
 def _tuned(
     settings: Settings, signal: base.HyperParams, state: SelfTuningState
 ) -> tuple[base.HyperParams, optax.OptState]:
-    """λ after one step of the tuner, and the tuner's state."""
+    """λ after one step of the tuner, and the tuner's state. Both stay the same if the signal is not finite."""
     logarithmic = settings.rule != "additive"
     point = jax.tree.map(jnp.log, state.hyperparams) if logarithmic else state.hyperparams
     moves, tuner_state = settings.tuner.update(signal, state.tuner, point)
     moved = lambda x, move: (x * jnp.exp(move) if logarithmic else x + move).astype(x.dtype)
-    return _projected(settings, jax.tree.map(moved, state.hyperparams, moves)), tuner_state
+    new = _projected(settings, jax.tree.map(moved, state.hyperparams, moves)), tuner_state
+    # Otherwise one batch whose gradient is not finite would make λ NaN in all later steps.
+    is_finite = jnp.isfinite(ravel_pytree(signal)[0]).all()
+    return jax.tree.map(lambda x, old: jnp.where(is_finite, x, old), new, (state.hyperparams, state.tuner))
 
 
 def _promoted(new: optax.Updates, updates: optax.Updates, params: base.Params) -> optax.Updates:

@@ -199,9 +199,9 @@ def cast_like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
 def norm(tree: base.PyTree) -> jax.Array:
     """The norm, with a derivative of zero at zero, since the last update is zero before the first step."""
     square = optax.tree.norm(_trees.wide(tree), squared=True)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def divided(x: jax.Array, norm: jax.Array) -> jax.Array:
     """x / norm, or zero if the norm is zero."""
-    return jnp.where(norm > 0, x / jnp.where(norm > 0, norm, 1), 0)
+    return jnp.where(norm == 0, 0, x / jnp.where(norm == 0, 1, norm))

@@ -392,6 +392,26 @@ def test_apply_if_finite_skips_steps_that_are_not_finite():
     chex.assert_tree_all_finite((updates, state.inner_state))
 
 
+@pytest.mark.parametrize("rule", ["normalized", "cosine", "multiplicative", "additive"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_validation_gradient_that_is_not_finite_leaves_everything_but_the_step_unchanged(rule, bad):
+    factory = lambda hp: optax.adam(hp["rate"])
+    transform = transforms.self_tuning(factory, {"rate": 1e-3}, optax.sgd(0.1, momentum=0.9), rule=rule)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state, update = transform.init(params), jax.jit(transform.update, static_argnames="valid_grad_fn")
+    grads = jax.grad(square)(params)
+    for _ in range(3):
+        _, state = update(grads, state, params, valid_grad_fn=jax.grad(square))
+    one_bad = lambda params: {"w": jnp.array([bad, 1.0]), "b": jnp.ones(1)}
+    updates, after = update(grads, state, params, valid_grad_fn=one_bad)
+    chex.assert_trees_all_equal((after.hyperparams, after.tuner), (state.hyperparams, state.tuner))
+    expected, _ = factory(state.hyperparams).update(grads, state.inner, params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    _, later = update(grads, after, params, valid_grad_fn=jax.grad(square))
+    chex.assert_tree_all_finite(later)
+    assert later.hyperparams["rate"] != state.hyperparams["rate"]
+
+
 @pytest.mark.once
 def test_flax_holds_the_state():
     params = {"w": jnp.zeros(2)}
