@@ -18,8 +18,8 @@ EVERY = 8.0  # seconds between two lines; up to 10 on a busy machine, since a li
 SOON = 2.0  # seconds after which a compilation gets its first line
 HINT_AFTER = 5.0  # seconds of compilation after which we mention JAX's cache
 HINT = (
-    "JAX can keep compiled programs for later runs: pass `compilation_cache=FOLDER` to `training.fit` or "
-    "`nas.train_loop`, or set the environment variable JAX_COMPILATION_CACHE_DIR=FOLDER."
+    "JAX can keep compiled programs for later runs: set the environment variable "
+    "JAX_COMPILATION_CACHE_DIR=FOLDER, or pass `compilation_cache=FOLDER` to `training.fit` or `nas.train_loop`."
 )
 
 

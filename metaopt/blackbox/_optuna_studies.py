@@ -266,7 +266,8 @@ def optuna_sampler(
     - The parameters of `meta_optimizer.space` are drawn together; those whose conditions do not hold are omitted. An
       objective requests them as in `spaces.to_optuna`, or all in one line: `spaces.suggest(trial, space)`. It may
       request another range, scale or other labels (for example because labels were added). It then gets the drawn value
-      if that value is allowed. Otherwise `independent_sampler` draws the value. This sampler also draws parameters that
+      if that value is allowed, or the nearest one if the objective requests a `step`. Otherwise `independent_sampler`
+      draws the value. This sampler also draws parameters that
       the space does not have.
     - While trials are running, in any thread or process, a draw maximizes the expected improvement that it adds to
       theirs.
@@ -412,7 +413,9 @@ class _MetaSampler:
     def sample_independent(self, study, trial, param_name, param_distribution):
         with self._single:
             drawn = self._memory(study).drawn.get(trial.number) or self._draw(study, trial.number)
-        if param_name in drawn and (allowed := _fitting(drawn[param_name], param_distribution)):
+        if param_name in drawn and (
+            allowed := _fitting(_on_step(drawn[param_name], param_distribution), param_distribution)
+        ):
             return allowed[0]
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
@@ -425,6 +428,16 @@ class _MetaSampler:
 
             _base._process_constraints_after_trial(self._constraints_func, study, trial, state)
         self._independent.after_trial(study, trial, state, values)
+
+
+def _on_step(value: Any, distribution: Any) -> Any:
+    """The nearest value of a distribution with a step, if it contains the value; other values stay as they are."""
+    step = getattr(distribution, "step", None)
+    if step in (None, 1) or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+        return value
+    if not distribution.low <= value < distribution.high + step:  # Optuna has reduced `high` to the last step
+        return value
+    return min(distribution.low + round((value - distribution.low) / step) * step, distribution.high)
 
 
 def _fitting(value: Any, distribution: Any) -> list[Any]:

@@ -330,8 +330,9 @@ def _judge_jumps(
         return judged
     note = (
         f"F jumps: its slope is {slope.value:.3g} between the jumps, and {far_slope:.3g} over the distance {radius:g}. "
-        "The hypergradient leaves out jumps, such as those of Adam's first updates, and of a random mask whose "
-        "probability depends on λ. For a mask, draw the numbers in a differentiable way, or use `hypergrad.evolution`"
+        "The hypergradient leaves out jumps, such as those of Adam's first updates, of the slope of ReLU, and of a "
+        "random mask whose probability depends on λ. Only for a mask, draw the numbers in a differentiable way, or "
+        "use `hypergrad.evolution`"
     )
     return ("dead" if judged[0] == "zero" else "right"), note
 

@@ -82,7 +82,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
     Args:
       distributions: Optuna's distributions by name. For a study, use
         `{n: d for trial in study.trials for n, d in trial.distributions.items()}`. An integer with a step becomes a
-        choice of its values.
+        choice of its values, whose default is the middle one.
 
     Returns:
       A flat dict of leaves; a distribution of one number becomes a fixed leaf.
@@ -101,9 +101,8 @@ def from_optuna(distributions: Mapping[str, Any]) -> dict[str, Leaf]:
         elif kind == "IntDistribution" and distribution.step == 1:
             space[name] = _factories.integer(distribution.low, distribution.high, log=distribution.log)
         elif kind == "IntDistribution":
-            space[name] = _choice(
-                _convertible_values(name, range(distribution.low, distribution.high + 1, distribution.step))
-            )
+            values = range(distribution.low, distribution.high + 1, distribution.step)
+            space[name] = _choice(_convertible_values(name, values), default=values[(len(values) - 1) // 2])
         elif kind == "FloatDistribution" and distribution.step is None:
             space[name] = _factories.interval(distribution.low, distribution.high, log=distribution.log)
         else:

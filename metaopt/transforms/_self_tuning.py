@@ -325,7 +325,7 @@ def _valid_gradient(settings: Settings, valid_grad_fn: Callable | None, valid_ba
         raise ValueError(
             "A validation loss `self_tuning(..., valid_loss_fn=loss)` and its batch `update(updates, state, params, "
             "valid_batch=batch)` must be given together, and without `valid_grad_fn`. (Flax's "
-            "`TrainState.apply_gradients` cannot pass the batch.)"
+            "`TrainState.apply_gradients` and `MultiSteps(...).gradient_transformation()` cannot pass the batch.)"
         )
     return functools.partial(_loss_gradient, settings.valid_loss_fn, valid_batch)
 

@@ -202,6 +202,12 @@ def test_an_objective_may_ask_for_other_labels_ranges_and_scales(g):
     assert first(lambda t: t.suggest_float("x", 0.0, 2.0, step=0.125)) == {"x": best["x"]}
     assert first(lambda t: t.suggest_float("only_a", 0.5, 9.0)) == {"only_a": float(best["only_a"])}
     assert first(lambda t: t.suggest_categorical("only_a", [0, best["only_a"]])) == {"only_a": best["only_a"]}
+    # The nearest step, also below a bound that is not on a step.
+    nearest = min((0.0, 0.2, 0.4, 0.6), key=lambda x: abs(x - best["x"]))
+    assert first(lambda t: t.suggest_float("x", 0.0, 2.0, step=0.2)) == {"x": pytest.approx(nearest)}
+    below = best["x"] - 0.01
+    with pytest.warns(UserWarning, match="not divisible"):
+        assert first(lambda t: t.suggest_float("x", 0.0, best["x"] + 0.01, step=below)) == {"x": pytest.approx(below)}
     # The value of g is not one of these.
     assert first(lambda t: t.suggest_categorical("kind", ["c", "d"]))["kind"] in "cd"
     assert first(lambda t: t.suggest_float("x", 0.5, 1.0))["x"] >= 0.5

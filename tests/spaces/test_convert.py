@@ -118,7 +118,7 @@ def test_optuna_s_distributions():
     assert converted["g"] == spaces.interval(1e-4, 1.0, log=True) and converted["flag"] == SPACE["flag"]
     assert converted["n"] == spaces.integer(1, 64, log=True)
     stepped = {"i": optuna.IntDistribution(2, 6, step=2), "one": optuna.FloatDistribution(0.5, 0.5)}
-    assert spaces.from_optuna(stepped) == {"i": spaces.choice([2, 4, 6]), "one": spaces.fixed(0.5)}
+    assert spaces.from_optuna(stepped) == {"i": spaces.choice([2, 4, 6], default=4), "one": spaces.fixed(0.5)}
 
 
 def test_an_ordinals_places_are_compared_and_not_its_labels():
