@@ -66,6 +66,21 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
+def named(options: Mapping[str, Any], key: str, name: str) -> Any:
+    """`options[key]`; the KeyError of an unknown key lists the names of the options.
+
+    Args:
+      options: the values by name.
+      key: the name of one of them.
+      name: the argument that has the key, for the message.
+    """
+    try:
+        return options[key]
+    except KeyError as error:
+        error.add_note(f"{name} must be one of {', '.join(sorted(options))}.")
+        raise
+
+
 def checked_key(key: Any, name: str = "key") -> jax.Array:
     """Checks a random key.
 

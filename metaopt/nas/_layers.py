@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.nas import _ops
 from metaopt.nas._specs import Cell, Edge, Layer, Network
 
@@ -48,7 +48,10 @@ def build(network: Network, in_shape: tuple[int, ...], ops: Mapping[str, _ops.Op
     def out_shape(name, shape, channels, stride):
         case = (name, shape, channels, stride)
         if case not in checked:
-            op, key = ops[name], jax.eval_shape(lambda: jax.random.key(0))
+            op, key = (
+                _checks.named(ops, name, "The name of an op or a layer"),
+                jax.eval_shape(lambda: jax.random.key(0)),
+            )
             x = jax.ShapeDtypeStruct((2, *shape), jnp.zeros(0).dtype)
             params = jax.eval_shape(lambda key: op.init(key, shape, channels, stride), key)
             y = jax.eval_shape(lambda params, x: op.apply(params, x, channels, stride), params, x)

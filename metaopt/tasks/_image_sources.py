@@ -54,6 +54,8 @@ def from_image_folder(
     pattern = "/".join(["*"] * levels)
     is_visible = lambda path: not any(part.startswith(".") for part in path.relative_to(folder).parts)
     files = [f for f in sorted(folder.glob(f"{pattern}/*")) if f.suffix.lower() in suffixes and is_visible(f)]
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
     if not files:
         raise ValueError(f"{folder} has no images; they must lie in {pattern}/ below it, a folder for each class.")
     labels = ["/".join(file.relative_to(folder).parts[:levels]) for file in files]

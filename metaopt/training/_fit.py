@@ -280,17 +280,21 @@ def _check_periods(steps_per_call: int, **periods: float) -> None:
 def _raise_if_ended_early(
     signal_number: int, run: Run, result: FitResult, num_steps: int, checkpoints: Checkpoints | None
 ) -> None:
-    """Raises the exception for a signal or for steps that are not finite. Logs a warning if most steps were skipped."""
+    """Raises the exception for a signal or for steps that are not finite. Logs a warning if steps were skipped."""
     if signal_number:
         message = _ended(signal_number, run, num_steps, checkpoints)
         raise _stopping.signal_error(signal_number, message, result)
     if result.stopped == "non-finite":
         raise _stopping.NonFiniteError(_no_finite_steps(run, checkpoints), result)
     skipped = np.sum(run.history.get("skipped", [0.0]))
-    if skipped > run.step / 2:
+    if skipped:
         _log.warning(
             f"{skipped:.0f} of {run.step} steps had no finite hypergradient and were skipped. "
-            f"{_stopping.likely_cause(run.state.tasks)}"
+            + (
+                _stopping.likely_cause(run.state.tasks)
+                if skipped > run.step / 2
+                else '`history["skipped"]` marks them.'
+            )
         )
 
 

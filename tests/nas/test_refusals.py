@@ -486,9 +486,17 @@ def test_inputs_of_another_graph_are_an_error_of_jax():
         (lambda: nas.convolution(3, order="norm_conv"), "norm_conv"),
         (lambda: to_text({"cell": ()}, form="yaml"), "yaml"),
         (lambda: from_text("", form="yaml"), "yaml"),
-        (lambda: nas.darts(THREE, (3,), ops=nas.BLOCKS, order="third"), "third"),
     ],
 )
 def test_names_that_are_missing_are_an_error_of_python(call, name):
     with pytest.raises(KeyError, match=name):
         call()
+
+
+def test_a_misspelt_name_is_an_error_that_lists_the_names():
+    with pytest.raises(KeyError, match="third") as error:
+        nas.darts(THREE, (3,), ops=nas.BLOCKS, order="third")
+    assert error.value.__notes__ == ["`order` must be one of exact, first, second."]
+    with pytest.raises(KeyError, match="linear") as error:
+        nas.supernet(TWO_CELLS, (4,), ops={"none": nas.BLOCKS["none"]})
+    assert error.value.__notes__ == ["The name of an op or a layer must be one of none."]

@@ -108,6 +108,8 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(tasks.read_images(beta, size=4, channels=3), flat.x[[3, 2]])
     with pytest.raises(ValueError, match="has no images"):
         tasks.from_image_folder(tmp_path, size=2)
+    with pytest.raises(ValueError, match="There is no folder .*missing"):
+        tasks.from_image_folder(tmp_path / "missing", size=2)
 
 
 def test_hidden_files_are_skipped_and_a_folder_without_images_gives_a_warning(tmp_path):

@@ -357,16 +357,20 @@ def test_a_short_run_without_a_finite_hypergradient_says_so(caplog):
     assert not caplog.text
 
 
-def test_a_run_that_skips_most_steps_says_so(caplog):
+@pytest.mark.parametrize("is_most", [False, True])
+def test_a_run_that_skips_steps_says_so(is_most, caplog):
     draws = []
 
     def sample_tasks(key):
         draws.append(key)
-        return TASKS if len(draws) % 3 == 0 else TASKS * np.nan
+        return TASKS if (len(draws) % 3 == 0) == is_most else TASKS * np.nan
 
-    result = fit(sample_tasks=sample_tasks, num_steps=9)
-    np.testing.assert_allclose(result.hyperparams, 3 + 4 * 0.8**3, rtol=1e-12)
-    assert "6 of 9 steps had no finite hypergradient and were skipped" in caplog.text
+    result = fit(sample_tasks=sample_tasks, num_steps=8)
+    num = 6 if is_most else 2
+    np.testing.assert_allclose(result.hyperparams, 3 + 4 * 0.8 ** (8 - num), rtol=1e-12)
+    assert f"{num} of 8 steps had no finite hypergradient and were skipped" in caplog.text
+    assert ("The tasks have NaN" in caplog.text) == is_most
+    assert ('`history["skipped"]` marks them' in caplog.text) != is_most
 
 
 def test_a_hypergradient_whose_norm_overflows_is_skipped():

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from metaopt import hypergrad
+from metaopt import _checks, hypergrad
 from metaopt.nas import _ops, _relaxations, _specs
 from metaopt.nas.search._search import Search, architecture_search
 from metaopt.nas.search._settings import with_settings
@@ -50,7 +50,8 @@ def darts(
         "second": lambda problem: hypergrad.darts_fd(problem, epsilon=epsilon, difference=difference),
         "exact": lambda problem: hypergrad.darts_fd(problem, epsilon=None),
     }
-    return architecture_search(network, in_shape, rules[order], ops=ops, **options)
+    rule = _checks.named(rules, order, "`order`")
+    return architecture_search(network, in_shape, rule, ops=ops, **options)
 
 
 @with_settings
