@@ -73,6 +73,12 @@ def named(options: Mapping[str, Any], key: str, name: str) -> Any:
       options: the values by name.
       key: the name of one of them.
       name: the argument that has the key, for the message.
+
+    Returns:
+      The value.
+
+    Raises:
+      KeyError: if the key is not a name of the options.
     """
     try:
         return options[key]
