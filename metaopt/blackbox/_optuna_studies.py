@@ -266,9 +266,8 @@ def optuna_sampler(
     - The parameters of `meta_optimizer.space` are drawn together; those whose conditions do not hold are omitted. An
       objective requests them as in `spaces.to_optuna`, or all in one line: `spaces.suggest(trial, space)`. It may
       request another range, scale or other labels (for example because labels were added). It then gets the drawn value
-      if that value is allowed, or the nearest one if the objective requests a `step`. Otherwise `independent_sampler`
-      draws the value. This sampler also draws parameters that
-      the space does not have.
+      if that value is allowed, or the nearest one if the parameter has a step, as integers have. Otherwise
+      `independent_sampler` draws the value. This sampler also draws parameters that the space does not have.
     - While trials are running, in any thread or process, a draw maximizes the expected improvement that it adds to
       theirs.
     - A pruned trial counts with its last intermediate value. We correct this value by the mean difference between that
@@ -433,9 +432,9 @@ class _MetaSampler:
 def _on_step(value: Any, distribution: Any) -> Any:
     """The nearest value of a distribution with a step, if it contains the value; other values stay as they are."""
     step = getattr(distribution, "step", None)
-    if step in (None, 1) or isinstance(value, (bool, str)) or not isinstance(value, (int, float)):
+    if step is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    if not distribution.low <= value < distribution.high + step:  # Optuna has reduced `high` to the last step
+    if not distribution.low <= value <= distribution.high + step / 2:  # Optuna has reduced `high` to the last step
         return value
     return min(distribution.low + round((value - distribution.low) / step) * step, distribution.high)
 
