@@ -83,7 +83,7 @@ def named(options: Mapping[str, Any], key: str, name: str) -> Any:
     try:
         return options[key]
     except KeyError as error:
-        error.add_note(f"{name} must be one of {', '.join(sorted(options))}.")
+        error.add_note(f"{name} must be one of {', '.join(sorted(options)) or '(none)'}.")
         raise
 
 

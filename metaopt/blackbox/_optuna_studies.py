@@ -430,11 +430,14 @@ class _MetaSampler:
 
 
 def _on_step(value: Any, distribution: Any) -> Any:
-    """The nearest value of a distribution with a step, if it contains the value; other values stay as they are."""
+    """The nearest value of a distribution with a step, if there is one within half a step; else the value itself.
+
+    A value above `high` may have been in the range of the objective, because Optuna reduces `high` to the last step.
+    """
     step = getattr(distribution, "step", None)
     if step is None or isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    if not distribution.low <= value <= distribution.high + step / 2:  # Optuna has reduced `high` to the last step
+    if not distribution.low <= value <= distribution.high + step / 2:
         return value
     return min(distribution.low + round((value - distribution.low) / step) * step, distribution.high)
 
