@@ -15,9 +15,9 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 from test_experiments import run
 
-from experiments.automl import clusters, groups, peers, portfolio, tables
+from experiments.automl import clusters, groups, memory, network_parts, peers, portfolio, tables
 from metaopt import automl, spaces
-from metaopt.automl import _ensemble
+from metaopt.automl import _ensemble, _network
 from metaopt.automl._portfolio import portfolio as members_of
 from metaopt.tasks import Table
 
@@ -386,3 +386,93 @@ def test_random_settings_depend_on_the_seed_only():
             }
             assert member.settings.get(leaf, 0) <= 8
     assert drawn["lightgbm random 0"] != drawn["lightgbm random 1"]
+
+
+# ---- `network_parts.py` ---------------------------------------------------------------------------------------------
+
+
+def one_fold(num_columns=5, num_classes=3, num_rows=40):
+    """Padded rows of a fold, its hyperparameters, and a table of this size."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(num_rows, num_columns)), np.arange(num_rows) % num_classes
+    rows = network_parts._padded(x, y, 64, num_classes)
+    return rows, spaces.default(automl.tabular_network().space)
+
+
+def test_the_parts_of_the_library_give_its_network():
+    rows, hyperparams = one_fold()
+    key, noise = jax.random.split(jax.random.key(0))
+    params = network_parts.init_params(network_parts.Parts(), key, rows, 4, 32)
+    jax.tree.map(np.testing.assert_array_equal, params, _network._init_params(key, rows, 4, 32))
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), params)
+    for used in (None, noise):
+        ours = network_parts.member_log_probabilities(network_parts.Parts(), params, hyperparams, rows, used)
+        np.testing.assert_allclose(ours, _network._member_log_probabilities(params, hyperparams, rows, used), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in network_parts.VARIANTS if name != network_parts.SHIPPED])
+def test_each_learned_part_of_a_variant_takes_part_in_the_loss_and_padding_does_not(name):
+    parts, key = network_parts.VARIANTS[name], jax.random.key(0)
+    rows, hyperparams = one_fold()
+    num_columns, share = int(rows["num_features"]), np.repeat([1 / 3, 0], [3, 9])
+    with network_parts.network_of(parts) as network:
+        loop = network.problem.loop
+        params = loop.params(loop.init(key, hyperparams, rows))
+        moved = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), params)
+        log_p = network.log_probabilities(moved, hyperparams, rows)
+        gradient = jax.grad(_network._loss)(moved, hyperparams, rows | {"share": share}, key)
+    np.testing.assert_allclose(np.exp(log_p).sum(axis=1), 1, rtol=1e-5)
+    assert all(np.abs(part).max() > 0 for part in gradient.values())
+    for entry in {"frequency", "phase", "mix", "mix_bias", "front"} & set(gradient):
+        assert (gradient[entry][num_columns:] == 0).all(), entry
+    copies = {"none": 1, "hinges": 4, "periodic": 4}[parts.embedding]
+    assert params["hidden"].shape == (64 * copies, 32 if parts.shared else 32 * parts.num_members)
+    assert params["linear"].shape[0] == 64 * (4 if parts.additive_hinges else 1)
+
+
+def test_robust_scaling_of_numbers():
+    x = np.array([[0.0, 1.0, 5.0], [1.0, 1.0, 5.0], [2.0, 1.0, 5.0], [3.0, 2.0, 5.0], [100.0, np.nan, 5.0]])
+    scaled = network_parts.robust(x, x, np.array([False, False, True]))
+    z = (x[:, 0] - 2) / 2  # the quartiles are 1 and 3
+    np.testing.assert_allclose(scaled[:, 0], z / np.sqrt(1 + z**2 / 9))
+    assert scaled[:3, 1].tolist() == [0, 0, 0] and 0 < scaled[3, 1] < 3 and np.isnan(scaled[4, 1])
+    np.testing.assert_array_equal(scaled[:, 2], x[:, 2])
+
+
+def test_early_stopping_keeps_the_step_with_the_smallest_validation_loss():
+    rows, hyperparams = one_fold()
+    valid = rows | {"y": ((rows["y"] + 1) % 3).astype(np.int32)}  # training only raises the loss on these labels
+    stack = lambda tree: jax.tree.map(lambda leaf: jax.numpy.asarray(leaf)[None], tree)
+    inputs = jax.random.split(jax.random.key(0), 1), hyperparams, stack(rows), stack(valid), stack(valid)
+    log_p = {}
+    for name, parts in {"last step": {}, "stops": {"stops": True}}.items():
+        with network_parts.network_of(network_parts.Parts(**parts)) as network:
+            log_p[name] = network_parts.trainer(network, name == "stops")(*inputs)[0, :40]
+    loss = {name: -np.take_along_axis(np.asarray(p), valid["y"][:40, None], 1).mean() for name, p in log_p.items()}
+    assert loss["stops"] < loss["last step"]
+
+
+@needs_data
+def test_network_parts_smoke():
+    printed = run("experiments/automl/network_parts.py", "--smoke")
+    rows = [row for row in cells(printed) if row[0] == network_parts.SHIPPED]
+    assert len(rows) == 2 and all(0 < float(row[1]) < 3 and 0 < float(row[3]) < 3 for row in rows)
+
+
+# ---- `memory.py` ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_memory_page():
+    for case in memory.CASES.values():
+        frame, y = memory.data(case)
+        assert frame.shape == (case.num_rows, 10) and len(y) == case.num_rows
+        if case.num_classes:
+            counts = np.bincount(y, minlength=3)
+            assert counts.min() == pytest.approx(case.num_rows / 3, abs=2) and len(counts) == 3
+
+
+def test_memory_smoke():
+    (row,) = cells(run("experiments/automl/memory.py", "--smoke"))[2:]
+    assert row[0] == "5,000 rows, three classes, only extra_trees"
+    process, worker, size, load, seconds = (float(cell.split()[0]) for cell in row[1:])
+    assert 0.1 < process < 4 and 0 <= worker < 2 and size > 10 and load > 0 and seconds > 0

@@ -37,14 +37,13 @@ def permutation_importance(
     from sklearn.metrics import check_scoring
     from sklearn.utils import check_array, check_random_state
 
-    if hasattr(X, "get_column") and isinstance(names[0], str):  # polars becomes an array without names
-        X = X[list(names)]
-    if not hasattr(X, "iloc"):
+    is_frame = hasattr(X, "iloc") or hasattr(X, "get_column")  # of pandas or polars
+    if not is_frame:
         check: Any = check_array  # scikit-learn's stubs know fewer values of its arguments
         X = check(X, ensure_all_finite="allow-nan", dtype=None)
     scorer: Any = check_scoring(estimator, scoring=scoring)
     shuffle_seed = check_random_state(seed).randint(np.iinfo(np.int32).max + 1)
-    by_name = hasattr(X, "iloc") and isinstance(names[0], str) and len(set(names)) == len(names)
+    by_name = is_frame and isinstance(names[0], str) and len(set(names)) == len(names)
     falls = np.zeros((len(names), n_repeats))
     total = len(used) * n_repeats
     with _progress.report_progress(total, estimator.verbose, "shuffling {column}", unit="score", column="") as report:
@@ -52,7 +51,7 @@ def permutation_importance(
         for done, place in enumerate(sorted(used)):
             random = check_random_state(shuffle_seed)
             column = list(X.columns).index(names[place]) if by_name else place
-            shuffled, order = X.copy(), np.arange(len(X))
+            shuffled, order = X.clone() if hasattr(X, "clone") else X.copy(), np.arange(len(X))
             for i in range(n_repeats):
                 random.shuffle(order)
                 shuffled = _with_shuffled(shuffled, column, order)
@@ -67,6 +66,8 @@ def _with_shuffled(X: Any, column: int, order: np.ndarray) -> Any:
         values = X.iloc[order, column]
         values.index = X.index
         X[X.columns[column]] = values
+    elif hasattr(X, "get_column"):
+        X = X.with_columns(X.get_column(X.columns[column])[order])
     else:
         X[:, column] = X[order, column]
     return X

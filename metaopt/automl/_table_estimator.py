@@ -45,7 +45,9 @@ class TableEstimator(BaseEstimator):
 
 
 def as_frame(X) -> Any:
-    """A dict of columns or a list of dicts as a frame, since scikit-learn's checks cannot read them."""
+    """A dict of columns, a list of dicts or polars' lazy frame as a frame, since scikit-learn cannot read them."""
+    if hasattr(X, "collect_schema") and hasattr(X, "collect"):
+        return X.collect()
     is_rows = isinstance(X, list | tuple) and len(X) and all(isinstance(row, Mapping) for row in X)
     is_columns = isinstance(X, Mapping) and not hasattr(X, "tocsr")  # some sparse arrays are dicts
     return pd.DataFrame(X) if is_rows or is_columns else X
