@@ -82,6 +82,8 @@ class Report:
             parts.insert(0, f"{self.unit} {self.completed:.6g}/{self.total:.6g}")
         if self.phase is None:
             parts.append(_duration(now - self.began))
+            if self.first is None and self.time_limit < math.inf:
+                parts[-1] += f" (limit {_duration(self.time_limit)})"
             if self.total is not None and self.first is not None and self.first[1] < self.completed < self.total:
                 pace = (now - self.first[0]) / (self.completed - self.first[1])
                 left = min(pace * (self.total - self.completed), max(0.0, self.time_limit - (now - self.began)))

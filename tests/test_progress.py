@@ -77,17 +77,19 @@ def test_a_log_has_a_line_at_least_every_ten_seconds_and_one_at_the_end(log):
 
 def test_the_time_left_is_at_most_that_of_the_limit(log):
     with log.report(time_limit=30.0) as report:
+        log.wait(8)
         report(1, value=1)
         log.wait(8)
         report(2, value=1)
         log.wait(8)
         log.wait(16)
     assert [line.split(", ")[-1] for line in log.lines()] == [
-        "8 s",
-        "about 14 s left",
+        "8 s (limit 30 s)",  # no step is done yet
+        "16 s",
         "about 6 s left",
         "32 s",  # the limit is over
-        "32 s",
+        "40 s",
+        "40 s",
     ]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metaopt import _files, _proposals, _saving, base, spaces, tasks
+from metaopt._jaxpr import Tracer
 from metaopt.predictors import _networks
 
 
@@ -49,13 +50,19 @@ class TrainedPredictor(NamedTuple):
           λ in natural units. For a predictor with `spread`, it is the center of the distribution.
 
         Raises:
-          ValueError: at trace time, if `task.features` does not have F entries.
+          ValueError: if `task.features` does not have F entries; or, outside of `jit` and `vmap`, has a NaN or an
+            infinite entry.
         """
         num_features = _networks.option_of(self.predictor.config, "num_features")
         if num_features and np.shape(task.features) != (num_features,):
             raise ValueError(
                 f"`task.features` must have shape ({num_features},); got shape {np.shape(task.features)}. For a batch "
                 "of tasks, use `jax.vmap(trained.predict)(batch)`."
+            )
+        if num_features and not isinstance(task.features, Tracer) and not np.isfinite(task.features).all():
+            raise ValueError(
+                f"`task.features` must be finite; got {np.asarray(task.features)}. `scaled_features` replaces missing "
+                "features by those of the median table."
             )
         prediction = _proposals.center_of(self.predictor.apply(self.meta_params, task))
         if isinstance(prediction, spaces.Unconstrained):

@@ -496,4 +496,4 @@ def _log(values: np.ndarray) -> np.ndarray:
 
 
 def _values(features: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
-    return np.array([features[name] for name in names], np.float64)
+    return np.array([_checks.named(features, name, "A feature") for name in names], np.float64)

@@ -398,7 +398,8 @@ def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, st
 
 def _ended(signal_number: int, run: Run, num_steps: int, checkpoints: Checkpoints | None) -> str:
     """The message of the exception for a signal."""
-    kept = "They are not in a checkpoint; `result` of this exception has them."
+    reason = ", since `checkpoint_dir` is None" if checkpoints is None else ""
+    kept = f"They are not in a checkpoint{reason}; `result` of this exception has them."
     if checkpoints is not None and checkpoints.newest == run.step:
         kept = f"The checkpoint in {checkpoints.directory} has them: the same call continues from there."
     return f"{signal.Signals(signal_number).name} ended the run after {run.step} of {num_steps} steps. {kept}"

@@ -51,6 +51,7 @@ REFUSALS = [
     (lambda: embedding(limit=2.0), "`limit` clips `task.features`, but `num_features` is 0"),
     (lambda: estimate(predictors.best_of(RIDGE, PLAIN), PLAIN), "`predictor` must predict a spread; make it with"),
     (lambda: estimate(predictors.amortize(RIDGE, WIDE), WIDE), "predicts a spread, which has no gradient here: use `p"),
+    (lambda: TRAINED.predict(base.Task(None, None, jnp.array([0.0, jnp.nan]))), r"must be finite; got \[ 0. nan\]. `s"),
     (two_of_three_members, r"an ensemble of 3 must be stacked, leaves \[3, ...\]; got shape \(2, "),
     # A prediction with a spread instead of one λ.
     (lambda: spaces.to_constrained(SPACE, PREDICTION), ONE_LAMBDA),

@@ -249,6 +249,13 @@ def test_log_loss_on_odd_tables():
     assert abs(repeated["neighbors"]) < 0.1  # of 200 equal rows the neighbors are of random classes
 
 
+def test_a_feature_that_is_absent_is_named_with_those_that_are_there():
+    scaling = tasks.fit_scaling([{"rows": 1.0, "noise": 2.0}, {"rows": 3.0, "noise": 1.0}])
+    with pytest.raises(KeyError, match="noise") as error:
+        scaling.transform({"rows": 1.0, "nose": 2.0}, clip=3.0)
+    assert error.value.__notes__ == ["A feature must be one of nose, rows."]
+
+
 def test_scaling_by_hand():
     features = [{"even": float(v), "heavy": float(10.0**v), "same": 1.0, "gap": np.nan} for v in range(11)]
     scaling = tasks.fit_scaling(features)
