@@ -82,9 +82,10 @@ class Report:
             parts.insert(0, f"{self.unit} {self.completed:.6g}/{self.total:.6g}")
         if self.phase is None:
             parts.append(_duration(now - self.began))
-            if self.first is None and self.time_limit < math.inf:
-                parts[-1] += f" (limit {_duration(self.time_limit)})"
-            if self.total is not None and self.first is not None and self.first[1] < self.completed < self.total:
+            begun = self.first is not None and self.first[1] < self.completed  # then there is an estimate
+            if not begun and self.time_limit < math.inf:
+                parts[-1] += f" (limit {_duration(max(0.0, self.time_limit))})"
+            if self.total is not None and self.first is not None and begun and self.completed < self.total:
                 pace = (now - self.first[0]) / (self.completed - self.first[1])
                 left = min(pace * (self.total - self.completed), max(0.0, self.time_limit - (now - self.began)))
                 parts.append(f"about {_duration(left)} left" if left and self.time_left else "")

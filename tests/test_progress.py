@@ -85,7 +85,7 @@ def test_the_time_left_is_at_most_that_of_the_limit(log):
         log.wait(16)
     assert [line.split(", ")[-1] for line in log.lines()] == [
         "8 s (limit 30 s)",  # no step is done yet
-        "16 s",
+        "16 s (limit 30 s)",
         "about 6 s left",
         "32 s",  # the limit is over
         "40 s",

@@ -1,17 +1,20 @@
 """Peak memory of `fit` of AutoML's estimators, size of the saved model, and the cost to load it.
 
 Each made-up table has ten columns, two of them categories. It is fitted, saved and loaded in fresh processes, with
-`preset="balanced"` without CatBoost, `time_limit=None` and two workers. These are the numbers of `docs/automl.md`.
+`preset="balanced"` without CatBoost, `time_limit=None` and two workers. These are the numbers of `docs/automl.md`. Only
+Linux reports the peak of a worker (0 elsewhere).
 
-    python experiments/automl/memory.py            # minutes; writes results/automl_memory.md
-    python experiments/automl/memory.py --smoke    # a minute; prints only
+    python experiments/automl/memory.py --out FOLDER    # minutes; writes FOLDER/automl_memory.md
+    python experiments/automl/memory.py --smoke         # a minute; prints only
 """
 
+import contextlib
 import json
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -19,11 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from joblib.externals.loky import get_reusable_executor
 
 import metaopt
 from experiments import script
 from metaopt import automl
+from metaopt.automl import _schedule
 from metaopt.training import report_progress
 
 MODELS = ("network", "linear", "extra_trees", "random_forest", "lightgbm", "xgboost")
@@ -68,13 +71,29 @@ def data(case: Case, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
 def fit(case: Case, path: Path) -> dict[str, float]:
     """Peak memory in MiB of this process and of its largest worker. The model is saved."""
     kind: Any = automl.AutoClassifier if case.num_classes else automl.AutoRegressor
+    peaks, done = [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.2):
+            peaks.extend(peak(pid) for pool in list(_schedule._POOLS.values()) for pid in list(pool._processes))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = kind(time_limit=None, models=case.models, n_jobs=2, verbose=False).fit(*data(case))
+    done.set()
+    watcher.join()
     metaopt.save(path, model)
-    get_reusable_executor().shutdown(wait=True)  # the system knows the peak of a worker after its end
-    who = {"process": resource.RUSAGE_SELF, "worker": resource.RUSAGE_CHILDREN}
-    return {name: resource.getrusage(of).ru_maxrss / UNIT for name, of in who.items()}
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / UNIT, "worker": max(peaks)}
+
+
+def peak(pid: int) -> float:
+    """The peak memory of another process so far, in MiB; 0 if the process has ended or the system does not say it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return 0.0
 
 
 def load(path: Path) -> dict[str, float]:

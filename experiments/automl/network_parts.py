@@ -1,10 +1,10 @@
 """Parts of RealMLP and TabM in AutoML's network: which of them would lower its loss?
 
 Each variant changes one part of `automl.tabular_network`, on tables of the development families of `families.json`, cut
-to 600 rows and 64 encoded columns. For each of four folds, one network is trained on the other folds. The mean of their
-predictions is scored on test rows. Each variant is scored twice: with the hyperparameters of the shipped g, which has
-learned for the present network, and after hypergradient steps from there on the validation loss of the folds, for this
-variant and this table.
+to at most 600 rows and 64 encoded columns. For each of four folds, one network is trained on the other folds. The mean
+of their predictions is scored on test rows. Each variant is scored twice: with the hyperparameters of the shipped g,
+which has learned for the present network, and after hypergradient steps from there on the validation loss of the folds,
+for this variant and this table. These steps do not know of early stopping.
 
     python experiments/automl/network_parts.py           # an hour on two cores; goes on from `--keep`
     python experiments/automl/network_parts.py --smoke   # a minute; prints only
@@ -231,11 +231,14 @@ def folds_of(split: tables.Split, scaling: str, seed: int) -> Folds:
 
 
 def robust(train: np.ndarray, x: np.ndarray, categorical: np.ndarray) -> np.ndarray:
-    """Numeric columns minus the median, over the distance of the quartiles, then clipped softly to (-3, 3)."""
+    """Numeric columns minus the median, over the distance of the quartiles, then clipped softly to (-3, 3).
+
+    If the quartiles are equal, half of the range replaces their distance.
+    """
     x = x.astype(np.float64)
     for j in np.flatnonzero(~categorical & ~np.isnan(train).all(axis=0)):
         low, median, high = np.nanquantile(train[:, j], [0.25, 0.5, 0.75])
-        scale = high - low or np.nanmax(train[:, j]) - np.nanmin(train[:, j]) or 1.0
+        scale = high - low or np.ptp(train[~np.isnan(train[:, j]), j]) / 2 or 1.0
         z = (x[:, j] - median) / scale
         x[:, j] = z / np.sqrt(1 + (z / 3) ** 2)
     return x

@@ -385,7 +385,7 @@ def plot_differences(splits: list[Split], results: dict[str, list[dict]], refere
             axis.errorbar(mean, number, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{number}", markersize=5)
         axis.axvline(0, color="0.6", linewidth=1)
         kind = "log loss" if is_class else "RMSE / deviation"
-        axis.set(xlabel=f"test {kind} minus that of {reference}", yticks=range(len(others)), yticklabels=others)
+        axis.set(xlabel=f"test {kind}\nminus that of {reference}", yticks=range(len(others)), yticklabels=others)
         axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)

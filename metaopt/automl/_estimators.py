@@ -191,8 +191,9 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         """
         check_is_fitted(self, "ensemble_")
         _arguments.warn_of_other_order(X, y=y, groups=groups)
-        _, groups, _ = _arguments.without_named_columns(as_frame(X), groups)
-        num_rows = len(as_frame(X))
+        X = as_frame(X)
+        _, groups, _ = _arguments.without_named_columns(X, groups)
+        num_rows = len(X)
         codes = self._target_codes(_arguments.target(y, num_rows))
         units = None if groups is None else _arguments.group_codes(groups, num_rows)
         rows = TrainingRows(np.zeros((num_rows, 0)), codes, np.ones(num_rows), np.arange(num_rows), units)

@@ -399,9 +399,6 @@ def _landmarking(x: np.ndarray, y: np.ndarray, categorical: np.ndarray, rng) -> 
     return {key: value for name in names for key, value in _summary(name, scores[name]).items()}
 
 
-# --- from meta-features to a network's input -------------------------------------------------------------------------
-
-
 class FeatureScaling(NamedTuple):
     """How meta-features become the input of a network; plain values, so that `json` writes `_asdict()`.
 
@@ -496,4 +493,6 @@ def _log(values: np.ndarray) -> np.ndarray:
 
 
 def _values(features: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
-    return np.array([_checks.named(features, name, "A feature") for name in names], np.float64)
+    if absent := [name for name in names if name not in features]:
+        raise KeyError(f"the features {', '.join(absent)} are absent; there are {', '.join(features) or 'none'}.")
+    return np.array([features[name] for name in names], np.float64)

@@ -108,6 +108,6 @@ def test_wrong_frames_of_polars(frame, model):
     with pytest.raises(ValueError, match="now missing:\n- word"):
         model.predict(frame.drop("word"))
     with pytest.raises(ValueError, match="1 of 160 rows have no target"):
-        automl.AutoClassifier(**QUICK).fit(frame, LABELS.scatter(3, None))
+        automl.AutoClassifier(**QUICK).fit(frame, pl.Series([*LABELS[:3], None, *LABELS[4:]]))
     with pytest.raises(ValueError, match="customer.*has the columns number, integer"):
         automl.AutoClassifier(**QUICK).fit(frame, LABELS, groups="customer")

@@ -251,9 +251,8 @@ def test_log_loss_on_odd_tables():
 
 def test_a_feature_that_is_absent_is_named_with_those_that_are_there():
     scaling = tasks.fit_scaling([{"rows": 1.0, "noise": 2.0}, {"rows": 3.0, "noise": 1.0}])
-    with pytest.raises(KeyError, match="noise") as error:
+    with pytest.raises(KeyError, match="the features noise are absent; there are rows, nose"):
         scaling.transform({"rows": 1.0, "nose": 2.0}, clip=3.0)
-    assert error.value.__notes__ == ["A feature must be one of nose, rows."]
 
 
 def test_scaling_by_hand():
