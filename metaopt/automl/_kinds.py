@@ -400,11 +400,11 @@ def _fit_catboost(settings, data):
     if not data.stops:
         rounds = min(rounds, _FIXED_ROUNDS)
     elif data.valid_weight.any():
-        valid = catboost.Pool(data.valid_views.trees, data.valid_y, weight=data.valid_weight)
+        valid = catboost.Pool(data.valid_views.trees, data.valid_y, weight=data.valid_weight, thread_count=1)
         stop = {"eval_set": valid, "early_stopping_rounds": patience}
     model = catboost.CatBoost({**options, **settings, "iterations": rounds})
     # `use_best_model=True` would drop the rounds after the best one. The fold may need them: see `settled`.
-    train = catboost.Pool(data.views.trees, data.y, weight=data.weight)
+    train = catboost.Pool(data.views.trees, data.y, weight=data.weight, thread_count=1)
     model.fit(train, **stop, use_best_model=False, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.json"

@@ -1,0 +1,41 @@
+"""Fits use one thread each: folds and models run in parallel instead."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import importlib, os
+from experiments.automl import fit_seconds
+from metaopt.automl import _kinds
+from metaopt.automl._portfolio import portfolio
+
+kinds = {member.kind: member for member in portfolio("classification", "best", None, 1000) if member.kind != "network"}
+kinds["hist_gradient_boosting"] = portfolio("classification", "best", "hist_gradient_boosting", 1000)[0]
+for kind in kinds:
+    importlib.import_module(_kinds.KINDS[kind].module)  # some libraries start threads when they are imported
+rows = fit_seconds.data(2000, 10, 3, seed=0)
+_kinds.fit_fold("linear", kinds["linear"].settings, rows)
+count = lambda: len(os.listdir("/proc/self/task"))
+for kind, member in kinds.items():
+    before = count()
+    _kinds.fit_fold(kind, member.settings, rows)
+    print(kind, before, count())
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+def test_no_fit_starts_threads_that_stay():
+    # OpenMP keeps the threads that it has started, so that they can be counted after the fit.
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert {"lightgbm", "xgboost", "extra_trees", "hist_gradient_boosting"} <= {kind for kind, *_ in counts}
+    assert [row for row in counts if row[1] != row[2]] == []
