@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from metaopt import base
+from metaopt import _checks, base
 from metaopt.hypergrad import _implicit_solve, _solvers
 
 
@@ -49,7 +49,8 @@ def argmin(
       `(params, hyperparams, data) -> params`, a function that maps a start to the minimum.
 
     Raises:
-      ValueError: if `solver` is not a function, or a factory such as `hypergrad.cg` that was not called.
+      ValueError: if `num_steps` is below 1 or `tol` is not positive, or if `solver` is not a function, or is a factory
+        such as `hypergrad.cg` that was not called.
 
     Source: Blondel et al., NeurIPS 2022, https://arxiv.org/abs/2105.15183
 
@@ -62,6 +63,8 @@ def argmin(
     >>> print(f"{outer(1.0):.4f} {jax.grad(outer)(1.0):.4f}")  # θ* = 1 / (1 + penalty)
     0.5000 -0.2500
     """
+    _checks.check_integer("num_steps", num_steps, 1)
+    _checks.check_positive("tol", tol)
     find = minimize or (lambda fn, params: _lbfgs(fn, params, num_steps, tol))
     linear_solver = _solvers.checked(solver or _solvers.cg(num_steps=100, tol=min(1e-6, tol)))
 

@@ -134,7 +134,8 @@ def likely_cause(tasks: base.PyTree) -> str:
         return f"The tasks have NaN or infinite values: {', '.join(non_finite[:3])}."
     divergence = (
         "an inner loop that diverges, for example at a rate that is too large, or a loss without a finite derivative, "
-        "such as √x at 0 (print `hypergrad.diagnose`)"
+        "such as √x at 0, or Adam at a gradient of zero in an own loop without `transforms.differentiable` (print "
+        "`hypergrad.diagnose`)"
     )
     if not integers:
         return f"The likely cause is {divergence}."

@@ -153,6 +153,8 @@ REFUSALS = [
     (lambda: implicit(num_steps=1, solver="cg"), r"such as `hypergrad.cg\(num_steps=20\)`; got 'cg'"),
     (lambda: hypergrad.implicit_solve(RIDGE.loop, num_steps=1, solver=hypergrad.nystrom), "`hypergrad.nystrom"),
     (lambda: hypergrad.argmin(problems.penalized, solver=hypergrad.cg), "`hypergrad.cg"),
+    (lambda: hypergrad.argmin(problems.penalized, num_steps=0), "`num_steps` must be .*1.*; got 0"),
+    (lambda: hypergrad.argmin(problems.penalized, tol=0.0), "`tol` must be positive; got 0.0"),
     (lambda: hypergrad.nystrom(rank=2, damping=-0.1), "`damping` must be positive; got -0.1"),
     *(
         (lambda rule=rule: rule(horizon=-1), "`horizon` must be at least 0, or None; got -1")
