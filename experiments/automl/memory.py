@@ -26,7 +26,7 @@ import pandas as pd
 import metaopt
 from experiments import script
 from metaopt import automl
-from metaopt.automl import _schedule
+from metaopt.automl import _workers
 from metaopt.training import report_progress
 
 MODELS = ("network", "linear", "extra_trees", "random_forest", "lightgbm", "xgboost")
@@ -75,7 +75,7 @@ def fit(case: Case, path: Path) -> dict[str, float]:
 
     def watch():
         while not done.wait(0.2):
-            peaks.extend(peak(pid) for pool in list(_schedule._POOLS.values()) for pid in list(pool._processes))
+            peaks.extend(peak(pid) for pool in list(_workers._POOLS.values()) for pid in list(pool._processes))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -2,10 +2,10 @@
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from metaopt import _progress
@@ -121,7 +121,7 @@ def fit_ensemble(
     times = TimeModel(num_rows, folds[0].data.views.trees.shape[1], num_classes)
     work = _schedule.Work(
         folds=[fold.data for fold in folds],
-        fit_networks=_network_fitter(rows, columns, num_classes, folds, options.seed),
+        network_task=_network_task(rows, columns, num_classes, folds, options.seed),
         times=times,
         clock=options.clock,
         reserve=0.0 if options.clock.limit is None else 0.02 * options.clock.limit + 0.2,
@@ -211,45 +211,32 @@ def _prepare_fold(
     return _Fold(split, inputs, classes, data)
 
 
-def _network_fitter(rows, columns, num_classes, folds, seed) -> Callable[[dict[str, Any]], list]:
-    """A function that trains the network on all folds; g predicts its hyperparameters at the first call."""
+def _network_task(rows, columns, num_classes, folds, seed) -> Callable[[dict[str, Any]], tuple]:
+    """A function `(settings) -> (function, *arguments)` for `Work`; g predicts λ at its first call, in this process."""
     cache: dict[str, Any] = {}
-    regression = not num_classes
-    labels = intervals(rows.y) if regression else rows.y
-    num_labels = int(labels.max()) + 1 if regression else num_classes
-    train = [_network_rows(fold.data.views.dense, rows, fold.split.train) for fold in folds]
-    valid = [_network_rows(fold.data.valid_views.dense, rows, fold.split.valid) for fold in folds]
-    train_labels = [labels[fold.split.train] for fold in folds]
-    valid_labels = [labels[fold.split.valid] for fold in folds]
+    labels = rows.y if num_classes else intervals(rows.y)
+    data = _network_folds.NetworkData(
+        train=[_network_rows(fold.data.views.dense, rows, fold.split.train) for fold in folds],
+        train_labels=[labels[fold.split.train] for fold in folds],
+        valid=[_network_rows(fold.data.valid_views.dense, rows, fold.split.valid) for fold in folds],
+        valid_labels=[labels[fold.split.valid] for fold in folds],
+        num_labels=num_classes or int(labels.max()) + 1,
+        classes=[fold.classes for fold in folds] if num_classes else None,
+        seed=seed,
+    )
 
-    def fit(settings: dict[str, Any]) -> list[_schedule.FoldResult]:
-        start = time.perf_counter()
+    def task(settings: dict[str, Any]) -> tuple:
         if not cache:
-            cache["hyperparams"] = _network_folds.predicted_hyperparams(
-                rows.x, rows.y, columns.categorical, rows.weight, num_classes, seed
-            )
-        if settings.get("num_refined"):
-            validated_folds = [i for i, fold in enumerate(folds) if len(fold.split.valid)]
-            select = lambda part: [part[i] for i in validated_folds]
-            parts = select(train), select(train_labels), select(valid), select(valid_labels)
-            options = cache["hyperparams"], settings["num_refined"], seed
-            hyperparams = _network_folds.refined(*parts, num_labels, *options)
-        else:
-            hyperparams = _network_folds.draw(cache["hyperparams"], settings["draw"], seed)
-        bins = train_labels if regression else None
-        models = _network_folds.fit_networks(train, bins, num_labels, hyperparams, settings, seed)
-        seconds = (time.perf_counter() - start) / len(folds)
-        results = []
-        for fold, model in zip(folds, models, strict=True):
-            begin = time.perf_counter()
-            predicted = _network_folds.predict(model, fold.data.valid_views.dense)
-            if not np.isfinite(predicted).all():
-                raise FloatingPointError("its predictions are not finite")
-            predicted = predicted if regression else predicted[:, fold.classes]
-            results.append(_schedule.FoldResult(model, predicted, seconds, time.perf_counter() - begin))
-        return results
+            import threadpoolctl
 
-    return fit
+            with threadpoolctl.threadpool_limits(1):
+                cache["hyperparams"] = _network_folds.predicted_hyperparams(
+                    rows.x, rows.y, columns.categorical, rows.weight, num_classes, seed
+                )
+        programs = jax.config.jax_compilation_cache_dir
+        return _network_folds.fit_folds, data, cache["hyperparams"], settings, programs
+
+    return task
 
 
 def _network_rows(dense: np.ndarray, rows: TrainingRows, index: np.ndarray) -> _network_folds.FoldRows:

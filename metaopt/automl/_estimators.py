@@ -287,10 +287,10 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
     models and folds; no model is fitted again on all rows, except if `fit` gets `time`.
 
-    Limits. The network uses JAX's pool of threads, whatever `n_jobs` is. If a network is still being compiled when the
-    time is over, `fit` does not wait for it, but the compilation may go on in the background. Some out-of-fold scores
-    are slightly optimistic: g reads the meta-features of all rows, the refined network uses the validation rows of all
-    folds, and with a single split (more than 20,000 rows) boosted trees stop by its validation rows.
+    Limits. Networks are trained on the CPU, in a process of their own that takes two seconds to start. One model is
+    always awaited, however long it takes. Some out-of-fold scores are slightly optimistic: g reads the meta-features of
+    all rows, the refined network uses the validation rows of all folds, and with a single split (more than 20,000 rows)
+    boosted trees stop by its validation rows.
 
     Args:
       time_limit: seconds for `fit`, or None to fit all models of the preset. Only then, equal seeds give equal results.
@@ -302,7 +302,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
       models: the kinds of models to use, one or several of "network", "linear", "lightgbm", "xgboost", "catboost",
         "extra_trees", "random_forest" and "hist_gradient_boosting". None uses all that are installed, but
         "hist_gradient_boosting" only without LightGBM.
-      n_jobs: the number of fits at a time; −1 is one per core.
+      n_jobs: the number of fits at a time, each of which uses one thread; −1 is one per core.
       random_state: the seed.
       verbose: whether to report progress; by default as `training.fit` does.
 

@@ -1,6 +1,7 @@
 """The network of `tabular_network`, trained on all folds in one program, with hyperparameters that g predicts."""
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ from metaopt import base, hypergrad, spaces, tasks, training
 from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
+from metaopt.automl._schedule import FoldResult
 from metaopt.automl._shipped import GROUPS, predicted
+from metaopt.training import _cache
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program
@@ -39,6 +42,28 @@ class FoldRows(NamedTuple):
     weight: np.ndarray
 
 
+class NetworkData(NamedTuple):
+    """What a network learns from.
+
+    Attributes:
+      train: the training rows of each fold.
+      train_labels: their classes [n], or for regression their intervals.
+      valid: the validation rows of each fold.
+      valid_labels: likewise.
+      num_labels: the number of classes or intervals.
+      classes: the classes that the training rows of each fold have, or None for regression.
+      seed: the seed of the training runs.
+    """
+
+    train: list[FoldRows]
+    train_labels: list[np.ndarray]
+    valid: list[FoldRows]
+    valid_labels: list[np.ndarray]
+    num_labels: int
+    classes: list[np.ndarray] | None
+    seed: int
+
+
 def predicted_hyperparams(
     x: np.ndarray, y: np.ndarray, categorical: np.ndarray, weight: np.ndarray, num_classes: int, seed: int
 ) -> base.HyperParams:
@@ -63,6 +88,46 @@ def draw(hyperparams: base.HyperParams, number: int, seed: int) -> base.HyperPar
     rng = np.random.default_rng((seed, number))
     drawn = {name: np.float32(value + SPREAD * rng.normal()) for name, value in sorted(z.coordinates.items())}
     return jax.device_get(spaces.to_constrained(space, spaces.Unconstrained(drawn)))
+
+
+def fit_folds(
+    data: NetworkData, hyperparams: base.HyperParams, settings: dict[str, Any], programs: str | None
+) -> list[FoldResult]:
+    """Trains a network on all folds and predicts the validation rows, in a worker process.
+
+    Args:
+      data: the rows.
+      hyperparams: g's λ for the table.
+      settings: a member's: "draw" (a number, see `draw`), or "num_refined" (hypergradient steps); and "num_steps".
+      programs: the folder of JAX's persistent compilation cache, or None.
+
+    Returns:
+      The result of each fold.
+
+    Raises:
+      FloatingPointError: if predictions are not finite.
+    """
+    start = time.perf_counter()
+    with _cache.compilation_cache(programs):
+        if settings.get("num_refined"):
+            validated = [i for i, rows in enumerate(data.valid) if len(rows.y)]
+            select = lambda part: [part[i] for i in validated]
+            parts = select(data.train), select(data.train_labels), select(data.valid), select(data.valid_labels)
+            hyperparams = refined(*parts, data.num_labels, hyperparams, settings["num_refined"], data.seed)
+        else:
+            hyperparams = draw(hyperparams, settings["draw"], data.seed)
+        bins = None if data.classes is not None else data.train_labels
+        models = fit_networks(data.train, bins, data.num_labels, hyperparams, settings, data.seed)
+    seconds = (time.perf_counter() - start) / len(models)
+    results = []
+    for i, (model, rows) in enumerate(zip(models, data.valid, strict=True)):
+        begin = time.perf_counter()
+        predicted = predict(model, rows.x)
+        if not np.isfinite(predicted).all():
+            raise FloatingPointError("its predictions are not finite")
+        predicted = predicted if data.classes is None else predicted[:, data.classes[i]]
+        results.append(FoldResult(model, predicted, seconds, time.perf_counter() - begin))
+    return results
 
 
 def fit_networks(
@@ -155,7 +220,8 @@ def _refine(num_steps: int, shapes: tuple):
         space=network.space,
         same_key=True,
     )
-    return jax.jit(tune)
+    # With level 1, the compilation takes about half the time, and the program runs as fast as with level 3.
+    return jax.jit(tune, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaopt import _extras
-from metaopt.automl import _kinds
+from metaopt.automl import _kinds, _workers
 from metaopt.automl._kinds import FoldData
 from metaopt.automl._portfolio import Member
 from metaopt.automl._time_model import TimeModel
@@ -56,7 +55,8 @@ class Work(NamedTuple):
 
     Attributes:
       folds: the data of each fold, for all kinds but the network.
-      fit_networks: `(settings) -> [FoldResult]`, all folds of a network.
+      network_task: `(settings) -> (function, *arguments)`. In another process, the function trains a network on
+        all folds, and returns their `FoldResult`s.
       times: predicts the seconds of fits.
       clock: the clock of the whole `fit`.
       reserve: seconds that are kept for the end.
@@ -64,7 +64,7 @@ class Work(NamedTuple):
     """
 
     folds: list[FoldData]
-    fit_networks: Callable[[dict[str, Any]], list[FoldResult]]
+    network_task: Callable[[dict[str, Any]], tuple]
     times: TimeModel
     clock: Clock
     reserve: float
@@ -81,9 +81,9 @@ def fit_members(
     gain per second among those that fit in the time left. The expected gain of the i-th member of the portfolio is 1/i.
     If none of them fits in the time left, and no member has begun, the fastest one begins.
 
-    Networks and quick members run in a thread of this process. Other members run in worker processes if the plan is
-    long. A worker that runs out of time is killed, and a worker that crashes loses only its member. If a network runs
-    out of time, the function does not wait for it, but its compilation may go on in the background.
+    Networks run in a process of their own. Quick members run in a thread of this process, and so do all others if the
+    plan is short; else they run in worker processes. A process that runs out of time is killed, and a process that
+    crashes loses only its member. A thread that runs out of time ends with the fold that it fits.
 
     Args:
       members: the portfolio, the most useful members first.
@@ -139,12 +139,12 @@ class _Run:
         self.network_began = False
         seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
         self.serial = seconds < _SERIAL_SECONDS
-        self.num_slots = 1 if self.serial else work.num_jobs
+        self.num_slots = min(work.num_jobs, 2) if self.serial else work.num_jobs  # a network and the thread
         # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         if not self.serial:
             for _ in range(work.num_jobs):
-                _workers(work.num_jobs).submit(_kinds.prepare_worker)
+                _workers.workers(work.num_jobs).submit(_kinds.prepare_worker)
 
     def time_left(self) -> float:
         return self.work.clock.left() - self.work.reserve
@@ -167,19 +167,29 @@ class _Run:
                 self.begun.append((member, [] if member.kind == "network" else list(range(len(self.work.folds)))))
             member, folds = self.begun[0]
             if member.kind == "network":
-                self.running[self.thread.submit(self.work.fit_networks, member.settings)] = (member, None)
-            else:
-                fold = folds.pop(0)
-                task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
-                in_thread = self.serial or (self.is_quick(member) and not self.network_runs())
-                workers = self.thread if in_thread else _workers(self.work.num_jobs)
-                future = workers.submit(*task)
-                self.running[future] = (member, fold)
-                if self.num_slots == 1:
-                    self.alone.add(future)
+                self.begun.pop(0)
+                self.start_network(member)
+                continue
+            fold = folds.pop(0)
+            in_thread = self.serial or self.is_quick(member)
+            workers = self.thread if in_thread else _workers.workers(self.work.num_jobs)
+            future = workers.submit(_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
+            self.running[future] = (member, fold)
+            if self.num_slots == 1:
+                self.alone.add(future)
             if not folds:
                 self.begun.pop(0)
         return bool(self.running)
+
+    def start_network(self, member: Member) -> None:
+        worker = _workers.network_worker()
+        worker.submit(int)  # the process starts now
+        try:  # In the thread, because it changes settings as fits do.
+            task = self.thread.submit(self.work.network_task, member.settings).result()
+        except Exception as error:  # a library's
+            self.fail(member, error)
+        else:
+            self.running[worker.submit(*task)] = (member, None)
 
     def next_member(self) -> Member | None:
         """Takes the waiting member with the largest gain per second among those that fit in the time left."""
@@ -211,7 +221,7 @@ class _Run:
         return self.work.times.fit_seconds(member.kind, member.settings) * len(self.work.folds) < _QUICK_SECONDS
 
     def network_runs(self) -> bool:
-        """Whether a network occupies the thread."""
+        """Whether a network is trained."""
         return any(fold is None for _, fold in self.running.values())
 
     def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
@@ -223,12 +233,14 @@ class _Run:
             result = future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
             # A worker that dies ends the tasks of all workers. They run again one by one, to see whose fault it was.
-            if future in self.alone:
+            if fold is None:  # networks have a process of their own
+                self.fail(member, error)
+            elif future in self.alone:
                 self.num_slots = self.work.num_jobs
                 self.fail(member, error)
             else:
                 self.num_slots = 1
-                self.begun.insert(0, (member, [fold] if fold is not None else []))
+                self.begun.insert(0, (member, [fold]))
             return None
         except Exception as error:  # a library's
             self.fail(member, error)
@@ -261,8 +273,10 @@ class _Run:
         """Ends the workers: the time is over."""
         for member, _ in self.running.values():
             self.failed.setdefault(member.name, "out of time")
+        if self.network_runs():
+            _workers.stop("network")
         if not self.serial:
-            _workers(self.work.num_jobs).shutdown(wait=False, kill_workers=True)
+            _workers.stop(self.work.num_jobs)
         self.running.clear()
 
     def close(self) -> None:
@@ -280,21 +294,3 @@ def _settled(kind: str, results: list[FoldResult], folds: list[FoldData]) -> lis
         result._replace(model=model, predicted=predicted)
         for result, (model, predicted) in zip(results, settled, strict=True)
     ]
-
-
-_POOLS: dict[int, Any] = {}  # by number of workers
-
-
-def _workers(num_jobs: int) -> Any:
-    """Worker processes, which stay for later calls; new ones if one has died.
-
-    They are not those of `joblib.Parallel`, which the user's code may use at the same time.
-    """
-    loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
-    cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
-    cloudpickle.register_pickle_by_value(_kinds)
-    pool = _POOLS.get(num_jobs)
-    if pool is None or pool._flags.broken is not None or pool._flags.shutdown:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        pool = _POOLS[num_jobs] = loky.ProcessPoolExecutor(num_jobs, timeout=120, env=threads)
-    return pool
