@@ -69,13 +69,16 @@ def data(case: Case, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def fit(case: Case, path: Path) -> dict[str, float]:
-    """Peak memory in MiB of this process and of its largest worker. The model is saved."""
+    """Peak memory in MiB of this process, of the process of networks, and of the largest worker. The model is saved."""
     kind: Any = automl.AutoClassifier if case.num_classes else automl.AutoRegressor
-    peaks, done = [0.0], threading.Event()
+    peaks: dict[str, float] = {"network": 0.0, "worker": 0.0}
+    done = threading.Event()
 
     def watch():
         while not done.wait(0.2):
-            peaks.extend(peak(pid) for pool in list(_workers._POOLS.values()) for pid in list(pool._processes))
+            for name, pool in list(_workers._POOLS.items()):
+                part = "network" if name == "network" else "worker"
+                peaks[part] = max([peaks[part], *(peak(pid) for pid in list(pool._processes))])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -85,7 +88,7 @@ def fit(case: Case, path: Path) -> dict[str, float]:
     done.set()
     watcher.join()
     metaopt.save(path, model)
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / UNIT, "worker": max(peaks)}
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / UNIT, **peaks}
 
 
 def peak(pid: int) -> float:
@@ -111,12 +114,12 @@ def in_a_process(step: str, name: str, path: Path) -> dict[str, float]:
 
 
 def report(results: dict[str, dict[str, float]]) -> str:
-    header = ["table and models", "peak of the process", "peak of each worker", "size of the file"]
+    header = ["table and models", "peak of the process", "of that of networks", "of each worker", "size of the file"]
     header += ["memory to load it", "processor seconds to load it"]
     rows = [
         [
             name,
-            *(f"{r[part] / 1024:.1f} GiB" for part in ("process", "worker")),
+            *(f"{r[part] / 1024:.1f} GiB" for part in ("process", "network", "worker")),
             f"{r['size']:.1f} MB",
             f"{r['load'] / 1024:.2f} GiB",
             f"{r['seconds']:.1f}",

@@ -26,6 +26,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import metaopt
 from metaopt import automl, spaces, tasks
 from metaopt.automl import _inputs, _network_folds, _rows
+from metaopt.automl._time_model import TimeModel
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
 NETWORKS = {"network", *(f"network {i}" for i in range(2, 9))}  # of the preset "instant"
@@ -324,6 +325,44 @@ def test_a_model_that_kills_its_worker_costs_only_itself(slow_table, replace_lig
     model = automl.AutoClassifier(**options).fit(*slow_table, groups=np.arange(800) % 7)
     assert list(model.leaderboard_["model"]) == ["extra_trees"]
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
+
+
+def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
+    def slow(*_):  # a function inside of a test can be sent to another process
+        (tmp_path / f"{os.getpid()}.pid").touch()
+        time.sleep(300)
+
+    monkeypatch.setattr(_network_folds, "fit_folds", slow)
+    monkeypatch.setattr(TimeModel, "network_seconds", lambda *_: 0.1)
+    options = QUICK | {"models": ("network", "linear"), "time_limit": 8.0, "n_jobs": 2}
+    model = automl.AutoClassifier(**options).fit(*wine[:2])
+    assert "linear" in set(model.leaderboard_["model"])
+    assert model.not_fitted_["network"] == "out of time"
+    (process,) = (int(file.stem) for file in tmp_path.glob("*.pid"))
+    assert process != os.getpid()
+    limit = time.monotonic() + 10
+    while is_alive(process) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not is_alive(process)
+
+
+def test_a_network_that_ends_its_process_costs_only_itself(wine, monkeypatch):
+    monkeypatch.setattr(_network_folds, "fit_folds", lambda *_: os._exit(1))
+    options = QUICK | {"models": ("network", "linear"), "time_limit": None}
+    model = automl.AutoClassifier(**options).fit(*wine[:2])
+    assert "TerminatedWorkerError" in model.not_fitted_["network"]
+    assert "linear" in set(model.leaderboard_["model"])
+
+
+def test_if_g_fails_only_networks_are_missing(wine, monkeypatch):
+    def fail(*_):
+        raise ValueError("no features")
+
+    monkeypatch.setattr(_network_folds, "predicted_hyperparams", fail)
+    options = QUICK | {"models": ("network", "linear"), "time_limit": None}
+    model = automl.AutoClassifier(**options).fit(*wine[:2])
+    assert model.not_fitted_["network"] == "ValueError: no features"
+    assert "linear" in set(model.leaderboard_["model"])
 
 
 @pytest.mark.once

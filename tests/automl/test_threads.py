@@ -1,11 +1,16 @@
 """Fits use one thread each: folds and models run in parallel instead."""
 
+import collections
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from metaopt import automl
+from metaopt.automl import _workers
 
 PROGRAM = """
 import importlib, os
@@ -39,3 +44,18 @@ def test_no_fit_starts_threads_that_stay():
     counts = [line.split() for line in done.stdout.splitlines()]
     assert {"lightgbm", "xgboost", "extra_trees", "hist_gradient_boosting"} <= {kind for kind, *_ in counts}
     assert [row for row in counts if row[1] != row[2]] == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+def test_the_process_of_networks_has_one_thread_of_each_kind():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 2)), np.arange(40) % 2
+    automl.AutoClassifier(models="network", time_limit=0.01, n_jobs=2, verbose=False).fit(x, y)
+    worker = _workers.network_worker()
+    threads = worker.submit(os.listdir, "/proc/self/task").result()
+    names = [worker.submit(Path(f"/proc/self/task/{thread}/comm").read_text).result().strip() for thread in threads]
+    numbers = collections.Counter(name for name in names if name.startswith("tf_XLA"))
+    assert numbers and set(numbers.values()) == {1}
+    cores = [worker.submit(os.sched_getaffinity, int(thread)).result() for thread in threads]
+    assert all(own == os.sched_getaffinity(0) for own in cores)  # the restriction to one core has ended
