@@ -34,9 +34,9 @@ from sklearn import ensemble, linear_model, model_selection, pipeline, preproces
 
 from experiments import script
 from experiments.data import from_data_folder, regression_tables
-from metaopt import automl, spaces, tasks
+from metaopt import _cache, automl, spaces, tasks
 from metaopt.automl import _network_folds, _workers
-from metaopt.training import _cache, report_progress
+from metaopt.training import report_progress
 
 FAMILIES = Path(__file__).with_name("families.json")
 LOWEST = 1e-4  # a probability in a log loss, for all methods

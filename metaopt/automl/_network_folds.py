@@ -8,13 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from metaopt import base, hypergrad, spaces, tasks, training
+from metaopt import _cache, base, hypergrad, spaces, tasks, training
 from metaopt.automl._inputs import intervals
 from metaopt.automl._network import HINGES, tabular_network, train
 from metaopt.automl._rows import repeated
 from metaopt.automl._schedule import FoldResult
 from metaopt.automl._shipped import GROUPS, predicted
-from metaopt.training import _cache
 
 SPREAD = 0.5  # standard deviation of draws around λ, in unconstrained coordinates
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128)  # columns after padding; equal shapes share one compiled program

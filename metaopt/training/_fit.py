@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import _cache, _checks, base, spaces
 from metaopt._progress import Report, report_progress
-from metaopt.training import _advice, _cache, _checkpoints, _learner, _processes, _run, _stopping
+from metaopt.training import _advice, _checkpoints, _learner, _processes, _run, _stopping
 from metaopt.training._callbacks import CallbackFn, call_all, listed
 from metaopt.training._checkpoints import Checkpoints, Saved
 from metaopt.training._learner import Learner, LearnerState
