@@ -30,6 +30,7 @@ LEVELS = [
         "_extras",
         "_files",
         "_heads",
+        "_cache",
         "_locks",
         "_logs",
         "_pareto",

@@ -208,8 +208,8 @@ def instant_seconds(splits: list[Split], args) -> str:
     """Seconds of `instant` on each table, twice: the second time, JAX finds the compiled programs of the first one."""
     seconds: dict[str, list[float]] = {"without compiled programs": [], "with compiled programs": []}
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    in_worker = mock.patch.dict(os.environ, {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
-    with in_worker, report_progress(2 * len(splits), None, "{table}", table="") as report:
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the process of networks
+    with report_progress(2 * len(splits), None, "{table}", table="") as report:
         for number, split in enumerate(splits):
             # A folder for each table, since other tables may need some of the same programs.
             with tempfile.TemporaryDirectory() as folder, _cache.compilation_cache(folder):
