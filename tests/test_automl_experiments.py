@@ -15,7 +15,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 from test_experiments import run
 
-from experiments.automl import clusters, groups, memory, network_parts, peers, portfolio, tables
+from experiments.automl import clusters, groups, memory, network_parts, peers, pictures, portfolio, tables
 from metaopt import automl, spaces
 from metaopt.automl import _ensemble, _network
 from metaopt.automl._portfolio import portfolio as members_of
@@ -132,7 +132,7 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
         raise Stop
 
     monkeypatch.setattr(automl, "AutoClassifier", estimator)
-    args = SimpleNamespace(ablations=False, instant=False, small=False, peers=None, time=60.0, longer=240.0)
+    args = SimpleNamespace(ablations=False, instant=False, long=False, peers=None, time=60.0, longer=240.0)
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
     chosen = tables.methods(args)
     args.instant = True
@@ -143,17 +143,19 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
     assert limits == [60.0, 240.0, 60.0]
     args.instant, args.ablations = False, True
     assert {"metaopt", "metaopt, 240 s", "metaopt without g"} < set(tables.methods(args))
-    args.ablations, args.small, args.longer = False, True, None
+    args.ablations, args.long, args.longer = False, True, None
     assert set(tables.methods(args)) == {"class shares or mean", "linear", "random forest", "metaopt"}
 
 
 @needs_data
-def test_the_small_tables_are_those_of_the_fifteen_below_2000_rows():
-    options = dict.fromkeys(("development", "instant", "smoke", "ablations", "fifteen", "small"), False)
+def test_twelve_of_the_fifteen_tables_have_fewer_than_2000_rows():
+    options = dict.fromkeys(("development", "instant", "smoke", "ablations", "fifteen", "long"), False)
     options |= {"seed": 0, "tables": None}
-    all_15, small = (tables.load(SimpleNamespace(**options | {mode: True})) for mode in ("fifteen", "small"))
-    assert [s.table.name for s in small] == [s.table.name for s in all_15 if len(s.table.y) < 2000]
-    assert (len(all_15), len(small)) == (15, 12)
+    fifteen, long = (tables.load(SimpleNamespace(**options | {mode: True})) for mode in ("fifteen", "long"))
+    assert [s.table.name for s in long] == [s.table.name for s in fifteen]
+    below = tables._below_2000(long)
+    assert (len(fifteen), len(below)) == (15, 12)
+    assert all((len(s.table.y) < 2000) == (i in below) for i, s in enumerate(long))
 
 
 def test_losses_are_listed_by_table():
@@ -181,7 +183,7 @@ def test_a_plot_of_differences_has_a_point_with_an_interval_for_each_other_metho
     results = {name: [{"loss": value} for value in values] for name, values in losses.items()}
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    tables.plot_differences(splits, results, "metaopt", tmp_path / "picture.png")
+    pictures.plot_differences(splits, results, "metaopt", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").is_file()
     assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["other"]
     for axis, mean, ends in zip(figures[0].axes, (0.4 / 3, 0.35), ((-0.1, 0.3), (0.2, 0.5)), strict=True):
@@ -196,10 +198,10 @@ def test_pages_of_development_families_and_ablations_have_their_own_names():
     names = {
         tables.result_name(
             SimpleNamespace(
-                **dict.fromkeys(("ablations", "fifteen", "small", "instant"), False) | {mode: True, "development": dev}
+                **dict.fromkeys(("ablations", "fifteen", "long", "instant"), False) | {mode: True, "development": dev}
             )
         )
-        for mode in ("ablations", "fifteen", "small", "instant", "none")
+        for mode in ("ablations", "fifteen", "long", "instant", "none")
         for dev in (True, False)
     }
     assert len(names) == 10 and "automl_tables" in names

@@ -32,7 +32,7 @@ import optax
 from sklearn import model_selection
 
 from experiments import script
-from experiments.automl import tables
+from experiments.automl import pictures, tables
 from metaopt import base, hypergrad, inner, spaces, tasks, training
 from metaopt.automl import _network, _network_folds
 from metaopt.automl._inputs import intervals
@@ -187,7 +187,7 @@ def load(seed: int) -> list[tables.Split]:
         smoke=False,
         ablations=False,
         fifteen=False,
-        small=False,
+        long=False,
         tables=None,
     )
     return [_cut(split, seed) for split in tables.load(options)]
@@ -381,7 +381,7 @@ def publish(splits: list[tables.Split], results: dict[str, np.ndarray], args) ->
     )
     if not args.smoke:
         points = {name: [{"loss": loss} for loss in v.mean(axis=0)[:, 1]] for name, v in results.items()}
-        tables.plot_differences(splits, points, SHIPPED, args.out / "automl_network.png")
+        pictures.plot_differences(splits, points, SHIPPED, args.out / "automl_network.png")
 
 
 if __name__ == "__main__":

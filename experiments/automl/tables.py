@@ -7,7 +7,7 @@ families of `families.json` are for judging: they were fixed before the first ru
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --fifteen        # on 15 of the tables, for methods that take long
-    python experiments/automl/tables.py --small --time 240   # on those of the 15 with fewer than 2,000 rows
+    python experiments/automl/tables.py --long           # on these 15, with 240 s; also those below 2,000 rows alone
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on these 15
     python experiments/automl/tables.py --instant        # `instant` below 2,000 rows, without the other presets
 
@@ -33,6 +33,7 @@ import pandas as pd
 from sklearn import ensemble, linear_model, model_selection, pipeline, preprocessing
 
 from experiments import script
+from experiments.automl import pictures
 from experiments.data import from_data_folder, regression_tables
 from metaopt import _cache, automl, spaces, tasks
 from metaopt.automl import _network_folds, _workers
@@ -73,14 +74,16 @@ def load(args) -> list[Split]:
                 chosen[table.family] = _split(table, is_class, args.seed)
     splits = [chosen[family] for family in sorted(chosen)]
     if args.instant:
-        splits = [split for split in splits if len(split.table.y) < 2000]
+        splits = [splits[i] for i in _below_2000(splits)]
     if args.smoke:
         return splits[:: max(1, len(splits) // 2)][:2]
-    if args.ablations or args.fifteen or args.small:  # evenly from the sorted families
+    if args.ablations or args.fifteen or args.long:  # evenly from the sorted families
         splits = [splits[i] for i in np.unique(np.linspace(0, len(splits) - 1, 15).round().astype(int))]
-    if args.small:
-        splits = [split for split in splits if len(split.table.y) < 2000]
     return splits[: args.tables]
+
+
+def _below_2000(splits: list[Split]) -> list[int]:
+    return [i for i, split in enumerate(splits) if len(split.table.y) < 2000]
 
 
 def _split(table: tasks.Table, is_class: bool, seed: int) -> Split:
@@ -259,7 +262,7 @@ def methods(args) -> dict[str, Callable]:
         chosen = {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.instant:
         del chosen["metaopt"]
-    if args.small:  # the others do not depend on a limit of seconds
+    if args.long:  # the others do not depend on a limit of seconds
         chosen = {name: chosen[name] for name in ("class shares or mean", "linear", "random forest", "metaopt")}
     if args.longer is not None:
         chosen[f"metaopt, {args.longer:g} s"] = functools.partial(auto, limit=args.longer)
@@ -345,73 +348,15 @@ def weights(splits: list[Split], results: list[dict]) -> str:
     return script.table(["tables", "models", "mean weight"], rows)
 
 
-def plot(splits: list[Split], results: dict[str, list[dict]], path: Path) -> None:
-    """Each table is a point: the loss of metaopt and that of another method; metaopt is better above the diagonal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    others = [name for name in results if name == "random forest, tuned" or name.startswith("AutoGluon")]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-    for axis, is_class in zip(axes, (True, False), strict=True):
-        rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
-        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in ("metaopt", *others)}
-        ends = [min(map(np.min, losses.values())) / 1.2, max(map(np.max, losses.values())) * 1.2] if rows else [0.1, 1]
-        axis.plot(ends, ends, color="0.6", linewidth=1)
-        for k, name in enumerate(others):
-            axis.plot(losses["metaopt"], losses[name], "ox"[k % 2], color=f"C{k}", markersize=5, label=name)
-        kind = "log loss" if is_class else "RMSE / deviation"
-        axis.set(
-            xscale="log", yscale="log", xlabel=f"test {kind} of metaopt", ylabel=f"test {kind} of the other method"
-        )
-        axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def plot_differences(splits: list[Split], results: dict[str, list[dict]], reference: str, path: Path) -> None:
-    """Each method is a point with an interval: its mean loss minus that of the reference. Larger is worse."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    others = [name for name in results if name not in (reference, "class shares or mean")]
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 1.2 + 0.25 * len(others)), layout="constrained", sharey=True)
-    for axis, is_class in zip(axes, (True, False), strict=True):
-        rows = [i for i, split in enumerate(splits) if split.is_class == is_class]
-        losses = {name: np.array([results[name][i]["loss"] for i in rows]) for name in (reference, *others)}
-        for number, name in enumerate(others if rows else ()):
-            mean, low, high = _mean_and_bounds(losses[name] - losses[reference])
-            axis.errorbar(mean, number, xerr=[[mean - low], [high - mean]], fmt="o", color=f"C{number}", markersize=5)
-        axis.axvline(0, color="0.6", linewidth=1)
-        kind = "log loss" if is_class else "RMSE / deviation"
-        axis.set(xlabel=f"test {kind}\nminus that of {reference}", yticks=range(len(others)), yticklabels=others)
-        axis.set_title(f"{len(rows)} tables of {'classification' if is_class else 'regression'}", fontsize=10)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def _ranks(losses: np.ndarray) -> np.ndarray:
     return np.array([pd.Series(column).rank().to_numpy() for column in losses.T]).T
-
-
-def _mean_and_bounds(values: np.ndarray, num: int = 4000) -> tuple[float, float, float]:
-    """The mean and the ends of its 95 % bootstrap interval over families, each of which has one table."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(num, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
 
 
 def _interval(difference: np.ndarray, digits: int = 4) -> str:
     """The mean with its interval, and how often the difference is negative, which is better."""
     if not difference.any():
         return ""
-    mean, lowest, highest = (f"{value:+.{digits}f}" for value in _mean_and_bounds(difference))
+    mean, lowest, highest = (f"{value:+.{digits}f}" for value in pictures.mean_and_bounds(difference))
     return f"{mean} [{lowest}, {highest}], better on {np.mean(difference < 0):.0%}"
 
 
@@ -420,7 +365,7 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
     parser.add_argument("--fifteen", action="store_true", help="only fifteen of the tables")
     parser.add_argument("--ablations", action="store_true", help="the estimator without one part, on the fifteen")
-    parser.add_argument("--small", action="store_true", help="those of the fifteen with fewer than 2,000 rows")
+    parser.add_argument("--long", action="store_true", help="the fifteen with 240 s, and those below 2,000 rows alone")
     parser.add_argument("--instant", action="store_true", help="`instant` below 2,000 rows, without other presets")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--longer", type=float, default=None, help="add metaopt with this limit of seconds")
@@ -430,7 +375,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, default=None, help="only write the tables to this folder")
     parser.add_argument("--peers", type=Path, default=None, help="folder of the predictions of `peers.py`")
     args = parser.parse_args()
-    args.time = 5.0 if args.smoke else args.time
+    args.time = 5.0 if args.smoke else 240.0 if args.long else args.time
     splits, chosen = load(args), methods(args)
     if args.export is not None:
         export(splits, args.export)
@@ -448,7 +393,9 @@ def main() -> None:
     late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # older kept results have no "limit"
     text = report(splits, results, reference)
     text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
-    if args.small:
+    if args.long and (below := _below_2000(splits)):
+        part = {name: [values[i] for i in below] for name, values in results.items()}
+        text += f"\n\nTables with fewer than 2,000 rows\n\n{report([splits[i] for i in below], part, reference)}"
         text += f"\n\n{by_table(splits, results)}"
     if args.ablations:
         text += f"\n\n{weights(splits, results['metaopt'])}"
@@ -458,15 +405,15 @@ def main() -> None:
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke:
         path = args.out / f"{name}.png"
-        if args.ablations or args.fifteen or args.small or args.instant:
-            plot_differences(splits, results, reference, path)
+        if name.startswith("automl_tables"):
+            pictures.plot(splits, results, path)
         else:
-            plot(splits, results, path)
+            pictures.plot_differences(splits, results, reference, path)
 
 
 def result_name(args) -> str:
     """Returns the name of the page; development families have a separate one."""
-    modes = ("ablations", "fifteen", "small", "instant")
+    modes = ("ablations", "fifteen", "long", "instant")
     name = next((f"automl_{mode}" for mode in modes if getattr(args, mode)), "automl_tables")
     return name + ("_development" if args.development else "")
 

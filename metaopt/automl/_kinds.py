@@ -85,11 +85,6 @@ class Kind(NamedTuple):
     first_rounds: Callable[[Any, int], Any] | None = None
 
 
-def prepare_worker() -> None:
-    """Imports libraries in a new worker process, which takes a second."""
-    importlib.import_module("sklearn.ensemble")
-
-
 def fit_fold(kind: str, settings: dict[str, Any], data: FoldData) -> tuple[Any, np.ndarray, float, float]:
     """Fits a model and predicts the validation rows.
 

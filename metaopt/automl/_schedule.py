@@ -143,8 +143,7 @@ class _Run:
         # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         if not self.serial:
-            for _ in range(work.num_jobs):
-                _workers.workers(work.num_jobs).submit(_kinds.prepare_worker)
+            _workers.workers(work.num_jobs).submit(int)  # the processes start now
 
     def time_left(self) -> float:
         return self.work.clock.left() - self.work.reserve

@@ -1,6 +1,8 @@
 """Worker processes, in which fits use one thread each and can be stopped."""
 
+import importlib
 import os
+import sys
 from typing import Any
 
 from metaopt import _extras
@@ -16,14 +18,15 @@ def workers(num_jobs: int) -> Any:
     They are not those of `joblib.Parallel`, which the user's code may use at the same time.
     """
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
-    cloudpickle.register_pickle_by_value(_kinds)  # so that they need not import JAX
-    return _pool(num_jobs, num_jobs, timeout=120, env=_THREADS)
+    for module in (_kinds, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)  # so that they need not import metaopt and JAX
+    return _pool(num_jobs, num_jobs, timeout=120, env=_THREADS, initializer=_start)
 
 
 def network_worker() -> Any:
     """The process that trains networks, on the CPU. It stays for a while, with the programs that it has compiled."""
     env = {**_THREADS, "JAX_PLATFORMS": "cpu", "NPROC": "1"}  # XLA reads NPROC
-    return _pool("network", 1, timeout=300, env=env, initializer=_start_jax_with_one_thread)
+    return _pool("network", 1, timeout=300, env=env, initializer=_start_with_jax)
 
 
 def stop(name: Any) -> None:
@@ -40,11 +43,18 @@ def _pool(name: Any, size: int, **options: Any) -> Any:
     return pool
 
 
-def _start_jax_with_one_thread() -> None:
+def _start() -> None:
+    """Imports libraries in a new process, which takes a second."""
+    _stay()
+    importlib.import_module("sklearn.ensemble")
+
+
+def _start_with_jax() -> None:
     """Starts JAX while this process may use one core only, so that XLA starts one thread of each kind.
 
     XLA has no setting for the threads of its compiler. Afterwards, these threads may run on all cores again.
     """
+    _stay()
     can_restrict = hasattr(os, "sched_setaffinity") and os.path.isdir("/proc/self/task")  # Linux
     cores = os.sched_getaffinity(0) if can_restrict else set()
     if can_restrict:
@@ -55,3 +65,12 @@ def _start_jax_with_one_thread() -> None:
     if can_restrict:
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), cores)
+
+
+def _stay() -> None:
+    """Makes this process stay when it grows. joblib ends processes that have grown by 300 MB.
+
+    They hold compiled programs. Also, joblib warns if a task waits for a process that ends. Where warnings are errors,
+    the task would then wait forever.
+    """
+    vars(importlib.import_module("joblib.externals.loky.process_executor"))["_MAX_MEMORY_LEAK_SIZE"] = sys.maxsize

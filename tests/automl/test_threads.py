@@ -1,9 +1,10 @@
-"""Fits use one thread each: folds and models run in parallel instead."""
+"""Fits use one thread each: folds and models run in parallel instead. Their processes stay."""
 
 import collections
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,17 @@ def test_the_process_of_networks_has_one_thread_of_each_kind():
     assert numbers and set(numbers.values()) == {1}
     cores = [worker.submit(os.sched_getaffinity, int(thread)).result() for thread in threads]
     assert all(own == os.sched_getaffinity(0) for own in cores)  # the restriction to one core has ended
+
+
+@pytest.mark.parametrize("name", [1, "network"])
+def test_a_process_that_grows_stays(name):
+    def grow():
+        sys.grown = np.ones(60_000_000)  # 480 MB
+
+    pool = _workers.network_worker() if name == "network" else _workers.workers(name)
+    process = pool.submit(os.getpid).result(timeout=60)
+    time.sleep(1.1)  # joblib looks at the memory once in a second
+    pool.submit(grow).result(timeout=60)
+    time.sleep(0.5)
+    assert pool.submit(os.getpid).result(timeout=60) == process
+    _workers.stop(name)
