@@ -83,7 +83,8 @@ def fit_members(
 
     Networks run in a process of their own. Quick members run in a thread of this process, and so do all others if the
     plan is short; else they run in worker processes. A process that runs out of time is killed, and a process that
-    crashes loses only its member. A thread that runs out of time ends with the fold that it fits.
+    crashes loses only its member. A thread that runs out of time ends with the fold that it fits. If this process
+    cannot start others, all members run in the thread.
 
     Args:
       members: the portfolio, the most useful members first.
@@ -138,8 +139,10 @@ class _Run:
         self.alone: set[concurrent.futures.Future] = set()
         self.network_began = False
         seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
-        self.serial = seconds < _SERIAL_SECONDS
-        self.num_slots = min(work.num_jobs, 2) if self.serial else work.num_jobs  # a network and the thread
+        self.serial = seconds < _SERIAL_SECONDS or not _workers.can_start()
+        self.num_slots = work.num_jobs
+        if self.serial:
+            self.num_slots = min(work.num_jobs, 2) if _workers.can_start() else 1  # the thread, and a network
         # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
         if not self.serial:
@@ -181,8 +184,8 @@ class _Run:
         return bool(self.running)
 
     def start_network(self, member: Member) -> None:
-        worker = _workers.network_worker()
-        worker.submit(int)  # the process starts now
+        worker = _workers.network_worker() if _workers.can_start() else self.thread
+        worker.submit(int)  # a new process starts now
         try:  # In the thread, because it changes settings as fits do.
             task = self.thread.submit(self.work.network_task, member.settings).result()
         except Exception as error:  # a library's

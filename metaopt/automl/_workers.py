@@ -1,6 +1,7 @@
 """Worker processes, in which fits use one thread each and can be stopped."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from metaopt import _extras
 from metaopt.automl import _kinds
 
-_POOLS: dict[Any, Any] = {}  # "network", or a number of workers -> executor
+_POOLS: dict[Any, Any] = {}  # (process, "network" or a number of workers) -> executor; a fork cannot use its parent's
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -31,15 +32,21 @@ def network_worker() -> Any:
 
 def stop(name: Any) -> None:
     """Kills the processes of `workers(name)`, or with the name "network" that of `network_worker()`."""
-    if name in _POOLS:
-        _POOLS.pop(name).shutdown(wait=False, kill_workers=True)
+    pool = _POOLS.pop((os.getpid(), name), None)
+    if pool is not None:
+        pool.shutdown(wait=False, kill_workers=True)
+
+
+def can_start() -> bool:
+    """Whether this process may start others. The workers of `multiprocessing.Pool`, for example, may not."""
+    return not multiprocessing.current_process().daemon
 
 
 def _pool(name: Any, size: int, **options: Any) -> Any:
-    pool = _POOLS.get(name)
+    pool = _POOLS.get((os.getpid(), name))
     if pool is None or pool._flags.broken is not None or pool._flags.shutdown:
         loky = _extras.require("joblib.externals.loky", "automl", "AutoML")
-        pool = _POOLS[name] = loky.ProcessPoolExecutor(size, **options)
+        pool = _POOLS[os.getpid(), name] = loky.ProcessPoolExecutor(size, **options)
     return pool
 
 

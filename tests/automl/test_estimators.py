@@ -7,6 +7,8 @@ import importlib
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 import warnings
@@ -363,6 +365,31 @@ def test_if_g_fails_only_networks_are_missing(wine, monkeypatch):
     model = automl.AutoClassifier(**options).fit(*wine[:2])
     assert model.not_fitted_["network"] == "ValueError: no features"
     assert "linear" in set(model.leaderboard_["model"])
+
+
+DAEMON = """
+import multiprocessing
+
+def fit(number):
+    from sklearn.datasets import load_iris
+    from metaopt import automl
+    options = {"models": ("network", "linear"), "preset": "instant", "time_limit": None, "n_jobs": 2, "verbose": False}
+    model = automl.AutoClassifier(**options)
+    return sorted(model.fit(*load_iris(return_X_y=True)).leaderboard_["model"])
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(*pool.map(fit, [0])[0], sep=",")
+"""
+
+
+@pytest.mark.once
+def test_a_process_that_cannot_start_others_fits_all_models_itself(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(DAEMON)
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.strip().split(",")) == {"linear", *NETWORKS}
 
 
 @pytest.mark.once
