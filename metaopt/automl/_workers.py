@@ -72,6 +72,7 @@ def _start_with_jax() -> None:
     if can_restrict:
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), cores)
+    importlib.import_module("metaopt.automl._network_folds")  # another second, while the first task is prepared
 
 
 def _stay() -> None:
