@@ -59,9 +59,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
 )  # half the seconds of compiling
-# As many pages as cores run at a time. With a thread for each core, each needs a third
-# more processor seconds.
-os.environ.setdefault("NPROC", "1")
 # Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
 os.environ.setdefault(
     "PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"'

@@ -336,7 +336,7 @@ def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
 
     monkeypatch.setattr(_network_folds, "fit_folds", slow)
     monkeypatch.setattr(TimeModel, "network_seconds", lambda *_: 0.1)
-    options = QUICK | {"models": ("network", "linear"), "time_limit": 8.0, "n_jobs": 2}
+    options = QUICK | {"models": ("network", "linear"), "time_limit": 20.0, "n_jobs": 2}
     model = automl.AutoClassifier(**options).fit(*wine[:2])
     assert "linear" in set(model.leaderboard_["model"])
     assert model.not_fitted_["network"] == "out of time"

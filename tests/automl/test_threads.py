@@ -68,9 +68,9 @@ def test_a_process_that_grows_stays(name):
         sys.grown = np.ones(60_000_000)  # 480 MB
 
     pool = _workers.network_worker() if name == "network" else _workers.workers(name)
-    process = pool.submit(os.getpid).result(timeout=60)
+    process = pool.submit(os.getpid).result(timeout=300)
     time.sleep(1.1)  # joblib looks at the memory once in a second
-    pool.submit(grow).result(timeout=60)
+    pool.submit(grow).result(timeout=300)
     time.sleep(0.5)
-    assert pool.submit(os.getpid).result(timeout=60) == process
+    assert pool.submit(os.getpid).result(timeout=300) == process
     _workers.stop(name)
