@@ -64,7 +64,10 @@ os.environ.setdefault(
     "PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"'
 )
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    filter(
+        None,
+        (str(ROOT), str(ROOT / "docs" / "kernel"), os.environ.get("PYTHONPATH")),
+    )
 )
 
 autodoc_member_order = "alphabetical"

@@ -1,12 +1,15 @@
 """Writes the notebooks of `colab/` from pages of the site, and the records that two pages read.
 
 python docs/notebooks.py            # colab/*.ipynb, in seconds
-python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed if the cells that collect them change
+python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed if the cells of these pages change
 """
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -120,18 +123,13 @@ def relinked(text: str, page: str) -> str:
 
 
 def collect_records(name: str) -> None:
-    """Runs the cells of a page up to the one that collects records, in an empty store."""
-    (ROOT / "docs" / "records").mkdir(exist_ok=True)
-    os.chdir(ROOT / "docs" / "records")
-    Path(f"{name}.db").unlink(missing_ok=True)
+    """Runs the cells of a page in an empty store."""
     names: dict = {}
     for cell in cells_of(f"docs/how_to/{name}.md"):
         if cell.cell_type == "code":
             exec(compile(cell.source, name, "exec"), names)
-            if "records" in names:
-                break
-    for lock in Path(".").glob("*.lock"):
-        lock.unlink()
+    (ROOT / "docs" / "records").mkdir(exist_ok=True)
+    shutil.copy(f"{name}.db", ROOT / "docs" / "records")
 
 
 if __name__ == "__main__":
@@ -145,7 +143,8 @@ if __name__ == "__main__":
     )
     if parser.parse_args().records:
         for name in WITH_RECORDS:
-            collect_records(name)
+            with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+                collect_records(name)
     else:
         for name, page in PAGES.items():
             nbformat.write(notebook(page), ROOT / "colab" / f"{name}.ipynb")
