@@ -1,7 +1,7 @@
 """Pictures of losses on many tables, for `tables.py` and `network_parts.py`.
 
-`splits` is a sequence of objects with an attribute `is_class`, and `results` has a dict with "loss" for each method and
-split.
+`splits` is a sequence of objects with an attribute `is_class`. `results[method][i]` is a dict with the "loss" of a
+method on split i.
 """
 
 from collections.abc import Sequence

@@ -1,18 +1,18 @@
-"""`AutoClassifier` and `AutoRegressor` on tables of families that the shipped g has not seen, against usual models.
+"""`AutoClassifier` and `AutoRegressor` against other methods, on families of tables that the shipped g has not seen.
 
 Each table is split into 75 % for `fit` and 25 % for the test. The estimators get data frames and a time limit. The
-families of `families.json` are for judging: they were fixed before the first run, and no choice was made on them.
-`--development` takes other families, on which the choices were made.
+families of `families.json` are for judging. We fixed them before the first run, and had made no choice on them. After
+it, we added the Gaussian process for regression. `--development` takes other families, on which we made the choices.
 
     python experiments/automl/tables.py                  # an hour on two cores; writes results/automl_tables.md
     python experiments/automl/tables.py --smoke          # a minute; prints only
     python experiments/automl/tables.py --fifteen        # on 15 of the tables, for methods that take long
-    python experiments/automl/tables.py --long           # on these 15, with 240 s; also those below 2,000 rows alone
+    python experiments/automl/tables.py --long           # on these 15, with 240 s
     python experiments/automl/tables.py --ablations      # the estimator without one of its parts, on these 15
     python experiments/automl/tables.py --instant        # `instant` below 2,000 rows, without the other presets
 
-A run that is interrupted goes on from `--keep`. `peers.py` says how AutoGluon and FLAML join the table. Needs the
-tables of the folder that the environment variable METAOPT_DATA names.
+With `--keep FOLDER`, an interrupted run continues from its finished tables. `peers.py` describes how AutoGluon and
+FLAML join the table. The environment variable METAOPT_DATA names the folder of the tables.
 """
 
 import functools
@@ -365,7 +365,9 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="other families than those for judging")
     parser.add_argument("--fifteen", action="store_true", help="only fifteen of the tables")
     parser.add_argument("--ablations", action="store_true", help="the estimator without one part, on the fifteen")
-    parser.add_argument("--long", action="store_true", help="the fifteen with 240 s, and those below 2,000 rows alone")
+    parser.add_argument(
+        "--long", action="store_true", help="the fifteen with 240 s, and a second report of those below 2,000 rows"
+    )
     parser.add_argument("--instant", action="store_true", help="`instant` below 2,000 rows, without other presets")
     parser.add_argument("--time", type=float, default=60.0, help="seconds of each fit")
     parser.add_argument("--longer", type=float, default=None, help="add metaopt with this limit of seconds")

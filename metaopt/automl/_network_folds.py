@@ -34,7 +34,7 @@ class NetworkModel(NamedTuple):
 
 
 class FoldRows(NamedTuple):
-    """Training rows of one fold: dense x [n, D], y [n] and weights [n]."""
+    """Rows of one fold, for training or validation: dense x [n, D], y [n] and weights [n]."""
 
     x: np.ndarray
     y: np.ndarray
@@ -42,15 +42,15 @@ class FoldRows(NamedTuple):
 
 
 class NetworkData(NamedTuple):
-    """What a network learns from.
+    """The rows and labels of all folds.
 
     Attributes:
       train: the training rows of each fold.
       train_labels: their classes [n], or for regression their intervals.
       valid: the validation rows of each fold.
-      valid_labels: likewise.
+      valid_labels: the classes or intervals of the validation rows.
       num_labels: the number of classes or intervals.
-      classes: the classes that the training rows of each fold have, or None for regression.
+      classes: the classes that occur in the training rows of each fold, or None for regression.
       seed: the seed of the training runs.
     """
 
@@ -92,12 +92,13 @@ def draw(hyperparams: base.HyperParams, number: int, seed: int) -> base.HyperPar
 def fit_folds(
     data: NetworkData, hyperparams: base.HyperParams, settings: dict[str, Any], programs: str | None
 ) -> list[FoldResult]:
-    """Trains a network on all folds and predicts the validation rows, in a worker process.
+    """Trains a network on all folds and predicts the validation rows, usually in the process of networks.
 
     Args:
       data: the rows.
       hyperparams: g's λ for the table.
-      settings: a member's: "draw" (a number, see `draw`), or "num_refined" (hypergradient steps); and "num_steps".
+      settings: "num_refined", the number of hypergradient steps, or else "draw", the number for `draw`. Optional:
+        "num_steps".
       programs: the folder of JAX's persistent compilation cache, or None.
 
     Returns:
@@ -184,8 +185,8 @@ def refined(
       labels: their classes, or intervals.
       valid: the validation rows of each fold.
       valid_labels: their classes, or intervals.
-      num_classes: C.
-      hyperparams: the start.
+      num_classes: the number of classes or intervals.
+      hyperparams: the λ before the first step.
       num_steps: the number of steps of Adam with rate .1.
       seed: the seed of the runs.
 
@@ -224,7 +225,7 @@ def _refine(num_steps: int, shapes: tuple):
 
 
 def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
-    """The predictions of `TabularNetwork.log_probabilities` in NumPy, which need no compilation.
+    """Returns the probabilities of the network, or mean targets for regression. NumPy needs no compilation.
 
     Args:
       model: the model of one fold.

@@ -9,29 +9,29 @@ from typing import Any
 from metaopt import _extras
 from metaopt.automl import _kinds
 
-_POOLS: dict[Any, Any] = {}  # (process, "network" or a number of workers) -> executor; a fork cannot use its parent's
+_POOLS: dict[Any, Any] = {}  # (process, "network" or a number of workers) -> executor; a fork needs its own
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 def workers(num_jobs: int) -> Any:
-    """Processes for all kinds but the network. They stay for later calls; new ones start if one has died.
+    """Processes for all kinds but the network. They end after 120 s without a task. Dead ones are replaced.
 
-    They are not those of `joblib.Parallel`, which the user's code may use at the same time.
+    `joblib.Parallel` has other processes, so the user's code may call it at the same time.
     """
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
     for module in (_kinds, sys.modules[__name__]):
-        cloudpickle.register_pickle_by_value(module)  # so that they need not import metaopt and JAX
+        cloudpickle.register_pickle_by_value(module)  # the workers then import neither metaopt nor JAX
     return _pool(num_jobs, num_jobs, timeout=120, env=_THREADS, initializer=_start)
 
 
 def network_worker() -> Any:
-    """The process that trains networks, on the CPU. It stays for a while, with the programs that it has compiled."""
+    """The process that trains networks, on the CPU. It keeps its last programs, and ends after 300 s without a task."""
     env = {**_THREADS, "JAX_PLATFORMS": "cpu", "NPROC": "1"}  # XLA reads NPROC
     return _pool("network", 1, timeout=300, env=env, initializer=_start_with_jax)
 
 
 def stop(name: Any) -> None:
-    """Kills the processes of `workers(name)`, or with the name "network" that of `network_worker()`."""
+    """Kills the processes of `workers(name)`, or the one of `network_worker()` if `name` is "network"."""
     pool = _POOLS.pop((os.getpid(), name), None)
     if pool is not None:
         pool.shutdown(wait=False, kill_workers=True)
@@ -59,7 +59,7 @@ def _start() -> None:
 def _start_with_jax() -> None:
     """Starts JAX while this process may use one core only, so that XLA starts one thread of each kind.
 
-    XLA has no setting for the threads of its compiler. Afterwards, these threads may run on all cores again.
+    XLA has no setting for the number of its compiler threads. After the start, they may run on all cores again.
     """
     _stay()
     can_restrict = hasattr(os, "sched_setaffinity") and os.path.isdir("/proc/self/task")  # Linux
@@ -76,9 +76,9 @@ def _start_with_jax() -> None:
 
 
 def _stay() -> None:
-    """Makes this process stay when it grows. joblib ends processes that have grown by 300 MB.
+    """Keeps joblib from ending this process when it grows. It ends processes that have grown by 300 MB.
 
-    They hold compiled programs. Also, joblib warns if a task waits for a process that ends. Where warnings are errors,
-    the task would then wait forever.
+    The compiled programs of the process would be lost. joblib also warns if tasks are waiting when it ends a process.
+    If warnings are errors, these tasks would wait forever.
     """
     vars(importlib.import_module("joblib.externals.loky.process_executor"))["_MAX_MEMORY_LEAK_SIZE"] = sys.maxsize
