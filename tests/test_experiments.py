@@ -207,7 +207,7 @@ def test_learned_optimizer_smoke(tmp_path):
     assert [row[1] for row in rows][:2] == ["learned", "Adam, tuned on each task"] and len(rows) == 5
     assert all(np.isfinite([float(row[2]), float(row[4])]).all() for row in rows)
     loaded, fresh = metaopt.load(tmp_path / "weights.npz"), transforms.init_learned(jax.random.key(1))
-    assert not np.allclose(loaded["layers"]["2"]["w"], fresh["layers"]["2"]["w"])
+    assert not np.allclose(loaded.layers["2"]["w"], fresh.layers["2"]["w"])
 
 
 @pytest.mark.slow
