@@ -3,6 +3,9 @@
 Sources are found from the root of the repository, so that a link works here as it does between the files themselves.
 """
 
+import gc
+import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -15,10 +18,42 @@ from sphinx.util import logging
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+# For the programs of the cells. They have few optimizations, and pages have many small programs in common.
+CELLS = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / "docs" / "_build" / "programs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "OMP_NUM_THREADS": "1",  # each page has one core
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # no warning of IPython's debugger
+}
+# JAX 0.10 compiles in half the time without these. Later versions have no such flag.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    CELLS["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+for variable, value in CELLS.items():
+    os.environ.setdefault(variable, value)
+paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+gc.set_threshold(200_000, 20, 100)  # tracing and pages make many objects
+
 import docstrings  # noqa: E402
 import extension  # noqa: E402
 import metaopt  # noqa: E402
 
+# Most pages import these. Forks of this process, which run the cells, have them already.
+for module in (
+    "flax.nnx",
+    "matplotlib.figure",
+    "optax",
+    "pandas",
+    "sklearn.ensemble",
+):
+    importlib.import_module(module)
+
+ignored = (f"ignore:{message}" for message in extension.IGNORED_WARNINGS)
+os.environ.setdefault("PYTHONWARNINGS", ",".join(ignored))
 logger = logging.getLogger(__name__)
 
 project, author, version = "metaopt", "The metaopt authors", metaopt.__version__
@@ -55,21 +90,6 @@ nb_execution_timeout = 120
 nb_output_stderr = "warn"
 nb_merge_streams = True
 nb_ipywidgets_js = {}
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "JAX_DISABLE_MOST_OPTIMIZATIONS", "1"
-)  # half the seconds of compiling
-# Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
-os.environ.setdefault(
-    "PYTHONWARNINGS", 'ignore:IProgress not found,ignore:install "ipywidgets"'
-)
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(
-        None,
-        (str(ROOT), str(ROOT / "docs" / "kernel"), os.environ.get("PYTHONPATH")),
-    )
-)
-
 autodoc_member_order = "alphabetical"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True  # `optax.sgd`, not the text of a function object
@@ -129,7 +149,7 @@ def _numbered(node, formula):
 def setup(app):
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
     app.add_transform(extension.CellsInTabs)
-    app.connect("env-before-read-docs", extension.spread_cells)
+    app.connect("env-before-read-docs", extension.run_cells)
     app.connect("source-read", extension.fill_gallery)
     app.connect("autodoc-process-docstring", docstrings.to_rst)
     app.connect("autodoc-skip-member", docstrings.skip_fields)

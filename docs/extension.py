@@ -1,13 +1,30 @@
 """Parts of the site that Sphinx does not have: cells within tabs, the order of pages, and the gallery of results."""
 
+import contextlib
+import gc
 import itertools
+import multiprocessing.connection
+import os
 import re
+import signal
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
+import jupyter_cache
+import nbformat
 from docutils import nodes
+from ipykernel.inprocess.ipkernel import InProcessKernel
+from ipykernel.inprocess.manager import InProcessKernelManager
+from ipykernel.zmqshell import ZMQInteractiveShell
+from jupyter_cache.base import CacheBundleIn
+from myst_nb.core.read import create_nb_reader
+from sphinx.errors import ExtensionError
 from sphinx.transforms import SphinxTransform
-from sphinx.util.parallel import make_chunks
 
+# Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
+IGNORED_WARNINGS = ("IProgress not found", 'install "ipywidgets"')
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "README.md"
 _ROW = re.compile(r"^\| (.+) \| (.+) \| `(.+)` \| (.+) \| (.+) \| (.*\.md\).*) \|$")
 
@@ -30,24 +47,102 @@ class CellsInTabs(SphinxTransform):
                 tabs.children[-1].children[-1].append(cell)
 
 
-def spread_cells(app, env, docnames):
-    """Handles `env-before-read-docs`: pages with cells come first, an equal number of them for each process.
+def run_cells(app, env, docnames):
+    """Handles `env-before-read-docs`: runs the cells of the pages that have changed, and caches their outputs.
 
-    Sphinx gives each process a chunk of pages. In the order of names, one process would run most of the cells.
+    MyST-NB finds them in the cache when Sphinx reads the pages. Without `-j`, it runs the cells itself, in kernels.
+    Here each page runs in a fork of this process, which has already imported what most pages import. Each core has one
+    fork at a time: two forks on two cores would spend a quarter of their time in threads that wait for one another.
     """
-    num = max(app.parallel, 1)  # 0 without `-j`
-    with_cells = [
-        name for name in docnames if "{code-cell}" in env.doc2path(name).read_text()
-    ]
-    size = len(make_chunks(docnames, num)[0]) if docnames else 0
-    others = iter([name for name in docnames if name not in with_cells])
-    chunks = [with_cells[i::num] for i in range(num)]
-    docnames[:] = [
-        name
-        for chunk in chunks
-        for name in [*chunk, *itertools.islice(others, max(size - len(chunk), 0))]
-    ]
-    docnames += others
+    config, pages = env.mystnb_config, []
+    for page in map(Path, map(env.doc2path, docnames)):
+        text = page.read_text()
+        reader = create_nb_reader(str(page), env.myst_config, config, text)
+        if reader and not any(map(page.match, config.execution_excludepatterns)):
+            pages.append((text.count("{code-cell}"), page, reader.read(text)))
+    pages.sort(
+        key=lambda page: -page[0]
+    )  # long ones first, so that all cores end together
+    cache = jupyter_cache.get_cache(config.execution_cache_path)
+    cores, running = _cores(app.parallel), {}
+    gc.freeze()  # forks need not look for cycles among these objects
+    for _, page, notebook in pages if app.parallel > 1 else []:
+        with contextlib.suppress(KeyError):
+            cache.match_cache_notebook(notebook)
+            continue
+        if not cores:
+            cores.append(_end_one(running))
+        arguments = page, notebook, cores[-1], config
+        process = multiprocessing.get_context("fork").Process(
+            target=_run, args=arguments
+        )
+        process.start()
+        running[process.sentinel] = page, process, cores.pop()
+    while running:
+        _end_one(running)
+
+
+def _cores(num):
+    """Returns the cores of `num` processes, or None for each where a process cannot choose."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [None] * num
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return list(itertools.islice(cores, num))
+
+
+def _end_one(running):
+    """Waits until a process ends, and returns its core."""
+    page, process, core = running.pop(multiprocessing.connection.wait(running)[0])
+    process.join()
+    if process.exitcode:
+        for _, other, _ in running.values():
+            other.terminate()
+        raise ExtensionError(
+            f"{page}: a cell failed (exit code {process.exitcode})"
+        )
+    return core
+
+
+def _run(page, notebook, core, config):
+    """Runs the cells of a page in this process, and adds their outputs to the cache."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    manager = InProcessKernelManager()
+    manager.kernel = InProcessKernel(
+        parent=manager,
+        session=manager.session,
+        shell_class=ZMQInteractiveShell,  # by its name, rich recognizes a notebook
+    )
+    notebook.metadata["language_info"] = manager.kernel.language_info
+    client, start = manager.client(), time.perf_counter()
+    client.start_channels()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                signal.alarm(config.execution_timeout)  # ends this process
+                cell.outputs = _outputs(client, cell.source)
+        signal.alarm(0)
+        os.chdir(page.parent)
+    seconds = {"execution_seconds": time.perf_counter() - start}
+    jupyter_cache.get_cache(config.execution_cache_path).cache_notebook_bundle(
+        CacheBundleIn(notebook, str(page), data=seconds), check_validity=False
+    )
+
+
+def _outputs(client, source):
+    """Runs the code of a cell, and returns its outputs."""
+    client.execute(source)
+    outputs = []
+    while client.iopub_channel.msg_ready():
+        message = client.iopub_channel.get_msg()
+        if message["msg_type"] == "error":
+            raise RuntimeError("\n".join(message["content"]["traceback"]))
+        if message["msg_type"] in ("stream", "display_data", "execute_result"):
+            outputs.append(nbformat.v4.output_from_msg(message))
+    return outputs
 
 
 def fill_gallery(app, docname, source):

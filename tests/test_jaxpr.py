@@ -159,15 +159,15 @@ def test_values_come_in_the_order_of_the_program_and_go_back_to_their_places():
     x, other = np.array([0.3, 1.0, 4.0]), np.array([2.0, -1.0, 0.5])
     (expected, means), run = by_hand(x), jax.jit(lambda x, replacements=None: of_marked(nested, x, replacements))
     outputs, values = run(x)
-    np.testing.assert_allclose(outputs, expected, rtol=1e-12)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-12)  # the first one is 0
     first, loop, untaken, *last = values
     np.testing.assert_allclose(loop, means[1:4], rtol=1e-12)
     np.testing.assert_allclose([first, *last], [means[0], *means[4:]], rtol=1e-12)
     assert np.isnan(untaken)
-    np.testing.assert_allclose(run(x, values)[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(run(x, values)[0], expected, rtol=1e-12, atol=1e-12)
     # Given values count, and not those of the argument; also for many arguments at once, and derivatives.
     both = jax.vmap(lambda x: of_marked(nested, x, values)[0])(jnp.stack([x, other]))
-    np.testing.assert_allclose(both[0], expected, rtol=1e-12)
+    np.testing.assert_allclose(both[0], expected, rtol=1e-12, atol=1e-12)
     assert abs(both[1] - by_hand(other)[0]).max() > 1e-2
     slope = jax.grad(lambda x: of_marked(nested, x)[0][0])(x)
     numeric = [(by_hand(x + h)[0][0] - by_hand(x - h)[0][0]) / 2e-6 for h in 1e-6 * np.eye(3)]

@@ -77,21 +77,48 @@ def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
 
 
-@pytest.mark.parametrize("num_pages", [0, 3, 40])
-def test_each_process_begins_with_as_many_pages_with_cells(num_pages, tmp_path):
-    parallel = pytest.importorskip("sphinx.util.parallel")
-    names = [f"page{i:02}" for i in range(num_pages)]
-    with_cells = names[-13:]  # next to one another, as those of a folder are
-    for name in names:
-        (tmp_path / name).write_text("```{code-cell} python3" if name in with_cells else "text")
-    ordered = names.copy()
-    environment = SimpleNamespace(doc2path=lambda name: tmp_path / name)
-    module("extension").spread_cells(SimpleNamespace(parallel=2), environment, ordered)
-    assert sorted(ordered) == names
-    counts = [len(set(chunk) & set(with_cells)) for chunk in parallel.make_chunks(ordered, 2)]
-    assert counts[:2] == {0: [], 3: [1, 1], 40: [7, 6]}[num_pages]
-    module("extension").spread_cells(SimpleNamespace(parallel=0), environment, ordered)  # Sphinx without `-j`
-    assert sorted(ordered) == names
+def pages_with_cells(tmp_path, pages):
+    """The arguments of `run_cells` for pages, each with the cells of a list."""
+    config = pytest.importorskip("myst_nb.core.config").NbParserConfig(
+        execution_cache_path=str(tmp_path / "cache"), execution_excludepatterns=["left_out.md"]
+    )
+    for name, cells in pages.items():
+        blocks = [f"```{{code-cell}} python3\n{cell}\n```\n" for cell in cells]
+        head = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n" if cells else ""
+        (tmp_path / f"{name}.md").write_text("\n".join([head, *blocks]))
+    myst_config = importlib.import_module("myst_parser.config.main").MdParserConfig()
+    environment = SimpleNamespace(
+        mystnb_config=config, myst_config=myst_config, doc2path=lambda name: tmp_path / f"{name}.md"
+    )
+    return SimpleNamespace(parallel=2), environment, list(pages)
+
+
+def cached(environment):
+    cache = importlib.import_module("jupyter_cache").get_cache(environment.mystnb_config.execution_cache_path)
+    records = {Path(record.uri).stem: record.pk for record in cache.list_cache_records()}
+    return {name: cache.get_cache_bundle(pk).nb.cells for name, pk in sorted(records.items())}
+
+
+@pytest.mark.slow  # needs the extra `docs`
+def test_cells_of_changed_pages_run_once_in_order_and_apart_from_other_pages(tmp_path):
+    counted = f"open({str(tmp_path / 'runs')!r}, 'a').write('run '); x = 'one'"
+    pages = {"one": [counted, "print(x)\n2 + 1"], "two": ["print('x' in globals())"], "left_out": ["1 / 0"], "none": []}
+    app, environment, names = pages_with_cells(tmp_path, pages)
+    for _ in range(2):
+        module("extension").run_cells(app, environment, names)
+    outputs = {name: [cell.outputs for cell in cells] for name, cells in cached(environment).items()}
+    assert (tmp_path / "runs").read_text() == "run " and list(outputs) == ["one", "two"]
+    assert [output.get("text") or output.data["text/plain"] for output in outputs["one"][1]] == ["one\n", "3"]
+    assert outputs["two"][0][0].text == "False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["1 / 0", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_cell_with_an_error_ends_the_build(tmp_path, cell, capfd):
+    app, environment, names = pages_with_cells(tmp_path, {"bad": [cell], "good": ["1"]})
+    with pytest.raises(Exception, match=r"bad\.md: a cell failed"):
+        module("extension").run_cells(app, environment, names)
+    assert "bad" not in cached(environment) and ("ZeroDivisionError" in capfd.readouterr().err or "kill" in cell)
 
 
 def test_pages_of_the_site_are_in_a_table_of_contents():

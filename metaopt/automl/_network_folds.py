@@ -225,7 +225,9 @@ def _refine(num_steps: int, shapes: tuple):
 
 
 def predict(model: NetworkModel, x: np.ndarray) -> np.ndarray:
-    """Returns the probabilities of the network, or mean targets for regression. NumPy needs no compilation.
+    """Returns probabilities, as `TabularNetwork.log_probabilities` does, or the expected target for regression.
+
+    It uses NumPy, which needs no compilation.
 
     Args:
       model: the model of one fold.

@@ -1,5 +1,6 @@
 """Worker processes, in which fits use one thread each and can be stopped."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 
 
 def workers(num_jobs: int) -> Any:
-    """Processes for all kinds but the network. They end after 120 s without a task. Dead ones are replaced.
+    """Processes for all kinds but the network. They end after 120 s without a task.
 
+    If one dies, the next call starts new ones.
     `joblib.Parallel` has other processes, so the user's code may call it at the same time.
     """
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
@@ -71,12 +73,13 @@ def _start_with_jax() -> None:
     jax.jit(lambda x: x + 1)(0.0).block_until_ready()
     if can_restrict:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), cores)
+            with contextlib.suppress(ProcessLookupError):  # of a thread that has ended since
+                os.sched_setaffinity(int(thread), cores)
     importlib.import_module("metaopt.automl._network_folds")  # another second, while the first task is prepared
 
 
 def _stay() -> None:
-    """Keeps joblib from ending this process when it grows. It ends processes that have grown by 300 MB.
+    """Keeps joblib from ending this process when it grows. Else joblib ends processes that have grown by 300 MB.
 
     The compiled programs of the process would be lost. joblib also warns if tasks are waiting when it ends a process.
     If warnings are errors, these tasks would wait forever.
