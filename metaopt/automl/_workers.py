@@ -17,8 +17,8 @@ _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_TH
 def workers(num_jobs: int) -> Any:
     """Processes for all kinds but the network. They end after 120 s without a task.
 
-    If one dies, the next call starts new ones.
-    `joblib.Parallel` has other processes, so the user's code may call it at the same time.
+    If one dies, the next call starts new ones. `joblib.Parallel` has other processes, so the user's code may call it at
+    the same time.
     """
     cloudpickle = _extras.require("cloudpickle", "automl", "AutoML")
     for module in (_kinds, sys.modules[__name__]):
