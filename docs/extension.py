@@ -1,4 +1,4 @@
-"""Parts of the site that Sphinx does not have: cells within tabs, the order of pages, and the gallery of results."""
+"""Parts of the site that Sphinx does not have: cells within tabs, cells on all cores, and the gallery of results."""
 
 import contextlib
 import gc
@@ -22,9 +22,15 @@ from jupyter_cache.base import CacheBundleIn
 from myst_nb.core.read import create_nb_reader
 from sphinx.errors import ExtensionError
 from sphinx.transforms import SphinxTransform
+from traitlets.config import Config
 
-# Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
-IGNORED_WARNINGS = ("IProgress not found", 'install "ipywidgets"')
+IGNORED_WARNINGS = (
+    # Of tqdm, which Optuna imports, and of rich. Both would like ipywidgets.
+    "IProgress not found",
+    'install "ipywidgets"',
+    # If two pages compile a program at the same time. Then JAX compiles it again.
+    "Error reading persistent compilation cache entry",
+)
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "README.md"
 _ROW = re.compile(r"^\| (.+) \| (.+) \| `(.+)` \| (.+) \| (.+) \| (.*\.md\).*) \|$")
 
@@ -50,36 +56,43 @@ class CellsInTabs(SphinxTransform):
 def run_cells(app, env, docnames):
     """Handles `env-before-read-docs`: runs the cells of the pages that have changed, and caches their outputs.
 
-    MyST-NB finds them in the cache when Sphinx reads the pages. Without `-j`, it runs the cells itself, in kernels.
+    MyST-NB finds them in the cache when Sphinx reads the pages. With one process, it runs the cells itself, in kernels.
     Here each page runs in a fork of this process, which has already imported what most pages import. Each core has one
     fork at a time: two forks on two cores would spend a quarter of their time in threads that wait for one another.
+    Settings that a page has for MyST-NB, and tags such as `raises-exception`, have no effect.
     """
     config, pages = env.mystnb_config, []
+    if app.parallel < 2 or config.execution_mode != "cache":
+        return
     for page in map(Path, map(env.doc2path, docnames)):
         text = page.read_text()
         reader = create_nb_reader(str(page), env.myst_config, config, text)
         if reader and not any(map(page.match, config.execution_excludepatterns)):
             pages.append((text.count("{code-cell}"), page, reader.read(text)))
-    pages.sort(
-        key=lambda page: -page[0]
-    )  # long ones first, so that all cores end together
+    # long ones first, so that all cores end together
+    pages.sort(key=lambda page: -page[0])
     cache = jupyter_cache.get_cache(config.execution_cache_path)
     cores, running = _cores(app.parallel), {}
     gc.freeze()  # forks need not look for cycles among these objects
-    for _, page, notebook in pages if app.parallel > 1 else []:
-        with contextlib.suppress(KeyError):
-            cache.match_cache_notebook(notebook)
-            continue
-        if not cores:
-            cores.append(_end_one(running))
-        arguments = page, notebook, cores[-1], config
-        process = multiprocessing.get_context("fork").Process(
-            target=_run, args=arguments
-        )
-        process.start()
-        running[process.sentinel] = page, process, cores.pop()
-    while running:
-        _end_one(running)
+    try:
+        for _, page, notebook in pages:
+            with contextlib.suppress(KeyError):
+                cache.match_cache_notebook(notebook)
+                continue
+            if not cores:
+                cores.append(_end_one(running))
+            arguments = page, notebook, cores[-1], config
+            process = multiprocessing.get_context("fork").Process(
+                target=_run, args=arguments
+            )
+            process.start()
+            running[process.sentinel] = page, process, cores.pop()
+        while running:
+            _end_one(running)
+    finally:
+        for _, process, _ in running.values():  # after an error
+            process.terminate()
+            process.join()
 
 
 def _cores(num):
@@ -94,9 +107,11 @@ def _end_one(running):
     """Waits until a process ends, and returns its core."""
     page, process, core = running.pop(multiprocessing.connection.wait(running)[0])
     process.join()
+    if process.exitcode == -signal.SIGALRM:
+        raise ExtensionError(
+            f"{page}: a cell ran longer than `nb_execution_timeout`"
+        )
     if process.exitcode:
-        for _, other, _ in running.values():
-            other.terminate()
         raise ExtensionError(
             f"{page}: a cell failed (exit code {process.exitcode})"
         )
@@ -104,12 +119,13 @@ def _end_one(running):
 
 
 def _run(page, notebook, core, config):
-    """Runs the cells of a page in this process, and adds their outputs to the cache."""
+    """Runs the cells of a page in this process, adds their outputs to the cache, and ends the process."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    manager = InProcessKernelManager()
+    history = Config({"HistoryManager": {"hist_file": ":memory:"}})
+    manager = InProcessKernelManager(config=history)
     manager.kernel = InProcessKernel(
         parent=manager,
         session=manager.session,
@@ -118,21 +134,40 @@ def _run(page, notebook, core, config):
     notebook.metadata["language_info"] = manager.kernel.language_info
     client, start = manager.client(), time.perf_counter()
     client.start_channels()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _files() as files:
         os.chdir(folder)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 signal.alarm(config.execution_timeout)  # ends this process
-                cell.outputs = _outputs(client, cell.source)
-        signal.alarm(0)
+                cell.outputs = _outputs(client, cell.source, files)
         os.chdir(page.parent)
+    signal.alarm(0)
+    # a process that ends in between would leave half an entry
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     seconds = {"execution_seconds": time.perf_counter() - start}
     jupyter_cache.get_cache(config.execution_cache_path).cache_notebook_bundle(
-        CacheBundleIn(notebook, str(page), data=seconds), check_validity=False
+        CacheBundleIn(notebook, str(page), data=seconds),
+        check_validity=False,
+        overwrite=True,
     )
+    os._exit(0)  # does not wait for threads and processes of the cells
 
 
-def _outputs(client, source):
+@contextlib.contextmanager
+def _files():
+    """Sends what libraries and processes write to standard output and error to files, and returns these by name."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            yield {"stdout": out, "stderr": err}
+        finally:
+            os.dup2(saved[0], 1)
+            os.dup2(saved[1], 2)
+
+
+def _outputs(client, source, files):
     """Runs the code of a cell, and returns its outputs."""
     client.execute(source)
     outputs = []
@@ -142,6 +177,12 @@ def _outputs(client, source):
             raise RuntimeError("\n".join(message["content"]["traceback"]))
         if message["msg_type"] in ("stream", "display_data", "execute_result"):
             outputs.append(nbformat.v4.output_from_msg(message))
+    for name, file in files.items():
+        file.seek(0)
+        if text := file.read().decode():
+            outputs.append(nbformat.v4.new_output("stream", name=name, text=text))
+            file.seek(0)
+            file.truncate()
     return outputs
 
 

@@ -69,7 +69,7 @@ def test_docstrings_become_restructured_text(text, expected):
 
 
 def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
-    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_nb")
     text = (ROOT / "experiments" / "README.md").read_text()
     cards = module("extension").cards(text)
     assert cards.count("grid-item-card") == len(re.findall(r"^\| .*results/.*\.md\)", text, re.M)) > 30
@@ -80,7 +80,7 @@ def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
 def pages_with_cells(tmp_path, pages):
     """The arguments of `run_cells` for pages, each with the cells of a list."""
     config = pytest.importorskip("myst_nb.core.config").NbParserConfig(
-        execution_cache_path=str(tmp_path / "cache"), execution_excludepatterns=["left_out.md"]
+        execution_mode="cache", execution_cache_path=str(tmp_path / "cache"), execution_excludepatterns=["left_out.md"]
     )
     for name, cells in pages.items():
         blocks = [f"```{{code-cell}} python3\n{cell}\n```\n" for cell in cells]
@@ -101,8 +101,13 @@ def cached(environment):
 
 @pytest.mark.slow  # needs the extra `docs`
 def test_cells_of_changed_pages_run_once_in_order_and_apart_from_other_pages(tmp_path):
+    """Outputs of processes that a cell starts are outputs of the cell."""
     counted = f"open({str(tmp_path / 'runs')!r}, 'a').write('run '); x = 'one'"
-    pages = {"one": [counted, "print(x)\n2 + 1"], "two": ["print('x' in globals())"], "left_out": ["1 / 0"], "none": []}
+    process = (
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import sys; print(5, file=sys.stderr)'])\n1"
+    )
+    two = ["print('x' in globals())", process]
+    pages = {"one": [counted, "print(x)\n2 + 1"], "two": two, "left_out": ["1 / 0"], "none": []}
     app, environment, names = pages_with_cells(tmp_path, pages)
     for _ in range(2):
         module("extension").run_cells(app, environment, names)
@@ -110,6 +115,12 @@ def test_cells_of_changed_pages_run_once_in_order_and_apart_from_other_pages(tmp
     assert (tmp_path / "runs").read_text() == "run " and list(outputs) == ["one", "two"]
     assert [output.get("text") or output.data["text/plain"] for output in outputs["one"][1]] == ["one\n", "3"]
     assert outputs["two"][0][0].text == "False\n"
+    assert [(output.output_type, output.get("text")) for output in outputs["two"][1][1:]] == [("stream", "5\n")]
+    page = tmp_path / "one.md"
+    page.write_text(page.read_text() + "\n```{code-cell} python3\nprint(x * 2)\n```\n")
+    module("extension").run_cells(app, environment, names)
+    assert (tmp_path / "runs").read_text() == "run run "
+    assert cached(environment)["one"][-1].outputs[0].text == "oneone\n"
 
 
 @pytest.mark.slow
@@ -177,11 +188,12 @@ def test_notebooks_are_written_from_the_pages():
 def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
     """Cells run, unless `docs/_build` has their outputs from an earlier build."""
     pytest.importorskip("sphinx_book_theme")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", "2", "-b", "html"]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-j", "2", "-b", "html"]
     process = subprocess.run(
         [*command, "-c", "docs", ".", str(tmp_path)], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
+    assert "Executing notebook" not in process.stdout + process.stderr  # MyST-NB finds all outputs in the cache
     pages = list(tmp_path.rglob("*.html"))
     sources = [page for page in (ROOT / "docs").rglob("*.md") if not page.parts[len(ROOT.parts) + 1].startswith("_")]
     assert [s for s in sources if not (tmp_path / s.relative_to(ROOT)).with_suffix(".html").is_file()] == []
