@@ -161,7 +161,7 @@ def test_values_come_in_the_order_of_the_program_and_go_back_to_their_places():
     outputs, values = run(x)
     np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-12)  # the first one is 0
     first, loop, untaken, *last = values
-    np.testing.assert_allclose(loop, means[1:4], rtol=1e-12)
+    np.testing.assert_allclose(loop, means[1:4], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose([first, *last], [means[0], *means[4:]], rtol=1e-12)
     assert np.isnan(untaken)
     np.testing.assert_allclose(run(x, values)[0], expected, rtol=1e-12, atol=1e-12)
