@@ -128,12 +128,9 @@ def relinked(text: str, page: str) -> str:
 def collect_records(name: str) -> None:
     """Runs the cells of a page in an empty store."""
     names: dict = {}
-    for cell in cells_of(f"docs/how_to/{name}.md"):
+    for i, cell in enumerate(cells_of(f"docs/how_to/{name}.md")):
         if cell.cell_type == "code":
-            file, lines = (
-                f"{name}, cell {len(linecache.cache)}",
-                cell.source.splitlines(True),
-            )
+            file, lines = f"{name}, cell {i}", cell.source.splitlines(keepends=True)
             # `collect` stores a digest of the objective's source, so that it notices a change.
             linecache.cache[file] = len(cell.source), None, lines, file
             exec(compile(cell.source, file, "exec"), names)

@@ -1,8 +1,10 @@
 """The site: docstrings become reStructuredText, and the whole site builds without a warning and without the network."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -77,10 +79,13 @@ def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
     assert pictures and all((ROOT / picture).is_file() for picture in pictures)
 
 
-def pages_with_cells(tmp_path, pages):
+def pages_with_cells(tmp_path, pages, timeout=60):
     """The arguments of `run_cells` for pages, each with the cells of a list."""
     config = pytest.importorskip("myst_nb.core.config").NbParserConfig(
-        execution_mode="cache", execution_cache_path=str(tmp_path / "cache"), execution_excludepatterns=["left_out.md"]
+        execution_mode="cache",
+        execution_cache_path=str(tmp_path / "cache"),
+        execution_excludepatterns=["left_out.md"],
+        execution_timeout=timeout,
     )
     for name, cells in pages.items():
         blocks = [f"```{{code-cell}} python3\n{cell}\n```\n" for cell in cells]
@@ -124,12 +129,28 @@ def test_cells_of_changed_pages_run_once_in_order_and_apart_from_other_pages(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["1 / 0", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-def test_a_cell_with_an_error_ends_the_build(tmp_path, cell, capfd):
-    app, environment, names = pages_with_cells(tmp_path, {"bad": [cell], "good": ["1"]})
-    with pytest.raises(Exception, match=r"bad\.md: a cell failed"):
+@pytest.mark.parametrize(
+    ("cell", "reason", "on_stderr"),
+    [
+        ("1 / 0", "a cell failed", "ZeroDivisionError"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"a cell failed \(exit code -9\)", ""),
+        ("import time; time.sleep(100)", "a cell ran longer", ""),
+    ],
+)
+def test_a_cell_with_an_error_ends_the_build(tmp_path, cell, reason, on_stderr, capfd):
+    app, environment, names = pages_with_cells(tmp_path, {"bad": [cell], "good": ["1"]}, timeout=2)
+    with pytest.raises(Exception, match=rf"bad\.md: {reason}"):
         module("extension").run_cells(app, environment, names)
-    assert "bad" not in cached(environment) and ("ZeroDivisionError" in capfd.readouterr().err or "kill" in cell)
+    assert "bad" not in cached(environment) and on_stderr in capfd.readouterr().err
+
+
+def test_the_records_of_pages_know_the_source_of_their_objective():
+    """Else the site would show old outcomes after a change of the objective, without an error."""
+    for file in (ROOT / "docs" / "records").glob("*.db"):
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True)) as records:
+            names = {row[1] for row in records.execute("SELECT * FROM origins")}
+        tasks = {name.removeprefix("task ") for name in names if name.startswith("task ")}
+        assert {f"objective of {task}" for task in tasks} <= names and len(tasks) > 50
 
 
 def test_pages_of_the_site_are_in_a_table_of_contents():
