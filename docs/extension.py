@@ -209,13 +209,7 @@ def cards(text):
 
 def _card(question, answer, command, data, minutes, links):
     pages = re.findall(r"results/(\w+)\.md", links)
-    minutes = (
-        f"{minutes} min"
-        if minutes[0].isdigit()
-        else "a few minutes"
-        if minutes == "minutes"
-        else minutes
-    )
+    minutes = "a few minutes" if minutes == "minutes" else f"minutes: {minutes}"
     more = " ".join(
         f"[{page}](../experiments/results/{page}.md)" for page in pages[1:]
     )

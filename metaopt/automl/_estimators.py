@@ -16,7 +16,7 @@ from metaopt.automl import _arguments, _ensemble, _ensemble_fit, _score_error
 from metaopt.automl._ensemble_fit import Columns, Options
 from metaopt.automl._importance import permutation_importance
 from metaopt.automl._portfolio import portfolio
-from metaopt.automl._report import report_frame, suspected_groups, suspected_leaks
+from metaopt.automl._report import notes_of_rows, report_frame, suspected_groups, suspected_leaks
 from metaopt.automl._rows import NUM_FOLDS, TrainingRows, sorted_rows
 from metaopt.automl._schedule import Clock
 from metaopt.automl._table_estimator import TableEstimator, as_frame
@@ -105,7 +105,8 @@ class _AutoEstimator(TableEstimator, abc.ABC):
         self.suspected_leaks_ = suspected_leaks(x[used], target, self.encoder_, options.clock)
         self.ensemble_ = _ensemble_fit.fit_ensemble(rows, columns, self._num_classes(), members, options)
         self.suspected_groups_ = suspected_groups(x[used], self.encoder_) if groups is None else ()
-        self.report_ = report_frame(self.encoder_, self.suspected_leaks_, self.suspected_groups_)
+        self.row_notes_ = notes_of_rows(weight, rows, self.ensemble_.out_of_fold)
+        self.report_ = report_frame(self.encoder_, self.suspected_leaks_, self.suspected_groups_, self.row_notes_)
         self._keep_scores(rows)
         self.score_error_ = _score_error.score_error(rows, self.ensemble_.out_of_fold, options.metric, options.seed)
         return self
@@ -250,10 +251,9 @@ class _AutoEstimator(TableEstimator, abc.ABC):
     def _seed(self) -> int:
         from sklearn.utils import check_random_state
 
-        random_state = self.random_state
-        generator = check_random_state(random_state)  # raises if the seed is not valid
-        is_seed = isinstance(random_state, int | np.integer)
-        seed = int(random_state) if is_seed else int(generator.randint(2**31 - 1))
+        generator = check_random_state(self.random_state)  # raises if the seed is not valid
+        is_seed = isinstance(self.random_state, int | np.integer)
+        seed = int(self.random_state) if is_seed else int(generator.randint(2**31 - 1))
         return seed % (2**31 - NUM_FOLDS - 1)  # LightGBM's seeds have 31 bits, and each fold has its own
 
     @abc.abstractmethod
@@ -311,7 +311,7 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
       leaderboard_: a frame of the models, with their score, weight, and seconds of fit and prediction.
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better.
-      report_: a frame of the columns that were changed or dropped, with reasons.
+      report_: a frame of the rows and columns that were changed or dropped, with reasons.
 
     Example:
       >>> from sklearn.datasets import load_wine
@@ -417,7 +417,7 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
       not_fitted_: name -> reason, of models that were not fitted, for example because the time was over.
       score_: the out-of-fold score of the ensemble by `eval_metric`, larger is better. "rmse" and "mae" are negative,
         in units of the target's standard deviation.
-      report_: a frame of the columns that were changed or dropped, with reasons.
+      report_: a frame of the rows and columns that were changed or dropped, with reasons.
 
     Example:
       >>> from sklearn.datasets import load_diabetes

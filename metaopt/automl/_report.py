@@ -1,4 +1,4 @@
-"""The report of a fit: columns that were changed or dropped, and columns that may be leaks of the target."""
+"""The report of a fit: rows and columns that were changed or dropped, and columns that may be leaks of the target."""
 
 import logging
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from metaopt import tasks
+from metaopt.automl._rows import TrainingRows
 from metaopt.automl._schedule import Clock
 
 _log = logging.getLogger(__name__)
@@ -16,16 +17,45 @@ _MIN_GROUPS, _MOST_COLUMNS = 10, 100
 _MOST_ROWS = 10_000  # in which the groups of a column are compared
 
 
-def report_frame(encoder: tasks.TableEncoder, leaks: tuple[str, ...], groups: tuple[str, ...]) -> pd.DataFrame:
-    """The notes of an encoder, and the columns that may be leaks or groups: column, action and reason."""
+def report_frame(
+    encoder: tasks.TableEncoder, leaks: tuple[str, ...], groups: tuple[str, ...], rows: list[tuple[str, str]]
+) -> pd.DataFrame:
+    """The notes of an encoder and of rows, and the columns that may be leaks or groups: column, action and reason."""
     leak = "predicts the target almost perfectly: is it known before the target is?"
     group = (
         "may name groups: rows with equal values are equal in other columns, too. If they belong together, such as "
         "visits of a patient, pass this column as `groups`"
     )
     suspected = [(name, "suspected", reason) for names, reason in ((leaks, leak), (groups, group)) for name in names]
-    notes = [*encoder.notes, *suspected]
+    notes = [*encoder.notes, *suspected, *(("", action, reason) for action, reason in rows)]
     return pd.DataFrame(notes, columns=["column", "action", "reason"])
+
+
+def notes_of_rows(weight: np.ndarray, rows: TrainingRows, out_of_fold: np.ndarray) -> list[tuple[str, str]]:
+    """What `fit` did with rows: action and reason, without a note for rows that are used as they are.
+
+    Args:
+      weight: [n] the weights of the rows that `fit` got.
+      rows: the rows that were used, from `sorted_rows`.
+      out_of_fold: [m] or [m, C] their out-of-fold predictions, NaN for rows without one.
+
+    Returns:
+      A list of pairs.
+    """
+    num_used = np.count_nonzero(weight > 0)
+    num_copies = 0 if rows.groups is not None or rows.time is not None else num_used - len(np.unique(rows.copies))
+    num_trained = np.count_nonzero(np.isnan(out_of_fold.reshape(len(out_of_fold), -1)).any(axis=1))
+    notes = (
+        (len(weight) - num_used, "left out", "of {} rows because their weight is 0"),
+        (num_copies, "kept together", "of {} rows equal other rows, and are in the same part of each split as these"),
+        (num_trained, "not scored", "of {} rows only train models, so `score_` and the weights do not depend on them"),
+    )
+    totals = (len(weight), num_used, len(rows.y))
+    return [
+        (action, f"{num:,} {reason.format(f'{total:,}')}")
+        for (num, action, reason), total in zip(notes, totals, strict=True)
+        if num
+    ]
 
 
 def suspected_leaks(x: np.ndarray, y: np.ndarray, encoder: tasks.TableEncoder, clock: Clock) -> tuple[str, ...]:

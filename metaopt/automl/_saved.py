@@ -46,6 +46,7 @@ def encode(estimator: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "target_encoder": None if estimator.target_encoder_ is None else estimator.target_encoder_.state(),
         "suspected_leaks": list(estimator.suspected_leaks_),
         "suspected_groups": list(estimator.suspected_groups_),
+        "row_notes": estimator.row_notes_,
         "ensemble": {
             "num_folds": len(ensemble.inputs),
             "num_classes": ensemble.num_classes,
@@ -96,7 +97,9 @@ def decode(estimator: Any, header: dict[str, Any], file: _files.Npz) -> Any:
     estimator.target_encoder_ = None if state is None else tasks.TableEncoder.from_state(state)
     estimator.suspected_leaks_ = tuple(header["suspected_leaks"])
     estimator.suspected_groups_ = tuple(header["suspected_groups"])
-    estimator.report_ = report_frame(estimator.encoder_, estimator.suspected_leaks_, estimator.suspected_groups_)
+    estimator.row_notes_ = [(action, reason) for action, reason in header.get("row_notes", [])]
+    suspected = estimator.suspected_leaks_, estimator.suspected_groups_
+    estimator.report_ = report_frame(estimator.encoder_, *suspected, estimator.row_notes_)
     if num_classes:
         estimator.classes_ = decode_labels(header["classes"])
         if len(estimator.classes_) != num_classes:

@@ -17,8 +17,8 @@ from metaopt.automl._time_model import TimeModel
 
 _log = logging.getLogger(__name__)
 
-_SERIAL_SECONDS = 4.0  # plans that take less run in this process: workers take about 1 s to start
-_QUICK_SECONDS = 1.0  # and so do members that take less
+_QUICK_SECONDS = 1.0  # members whose folds take less give the first result
+_MORE_PATIENCE = 600.0  # seconds more for a fit that may hang, without a time limit and before the first result
 
 
 class FoldResult(NamedTuple):
@@ -81,10 +81,10 @@ def fit_members(
     gain per second among those that fit in the time left. The expected gain of the i-th member of the portfolio is 1/i.
     If none of them fits in the time left, and no member has begun, the fastest one begins.
 
-    Networks run in a process of their own. Quick members run in a thread of this process, and so do all others if the
-    plan is short; else they run in worker processes. A process that runs out of time is killed, and a process that
-    crashes loses only its member. A thread that runs out of time ends with the fold that it fits. If this process
-    cannot start others, all members run in the thread.
+    Networks run in a process of their own, and other members in worker processes. A process is killed if the time is
+    over, or if a fit takes much longer than expected (`TimeModel.longest_seconds`), because some libraries can hang.
+    A process that hangs or crashes loses only its member. If this process cannot start others, all members run in one
+    thread of it. If the time is over, the thread ends after the fold that it fits.
 
     Args:
       members: the portfolio, the most useful members first.
@@ -99,12 +99,12 @@ def fit_members(
     with contextlib.ExitStack() as stack:
         stack.callback(run.close)
         while run.start_tasks():
-            # The first result is awaited, however late it is.
-            patience = None if work.clock.limit is None or not run.results else max(0.0, run.time_left())
-            done, _ = concurrent.futures.wait(run.running, patience, concurrent.futures.FIRST_COMPLETED)
-            if not done:
+            done, _ = concurrent.futures.wait(run.running, run.patience(), concurrent.futures.FIRST_COMPLETED)
+            if not done and run.is_over():
                 run.stop()
                 break
+            if not done:
+                run.stop_hung()
             for future in done:
                 member = run.collect(future)
                 if member is not None:
@@ -123,6 +123,8 @@ class _Run:
       running: future -> (member, fold); the fold is None for a network, which is trained on all folds at once.
       parts: the results of the folds of unfinished members.
       results: finished members.
+      deadlines: future -> the earliest time at which its fit is taken to hang. Nothing can end threads, so they have
+        none.
       failed: the reason of each member that failed or was stopped.
       alone: tasks that ran while no other task was running.
       network_began: whether the first network has begun.
@@ -133,23 +135,37 @@ class _Run:
         self.waiting = {member.name: (place, member) for place, member in enumerate(members)}
         self.begun: list[tuple[Member, list[int]]] = []
         self.running: dict[concurrent.futures.Future, tuple[Member, int | None]] = {}
+        self.deadlines: dict[concurrent.futures.Future, float] = {}
         self.parts: dict[str, dict[int, FoldResult]] = {}
         self.results: dict[str, MemberResult] = {}
         self.failed: dict[str, str] = {}
         self.alone: set[concurrent.futures.Future] = set()
         self.network_began = False
-        seconds = sum(self.seconds(member) for member in members if member.kind != "network") * work.num_jobs
-        self.serial = seconds < _SERIAL_SECONDS or not _workers.can_start()
-        self.num_slots = work.num_jobs
-        if self.serial:
-            self.num_slots = min(work.num_jobs, 2) if _workers.can_start() else 1  # the thread, and a network
+        self.has_processes = _workers.can_start()
+        self.num_slots = work.num_jobs if self.has_processes else 1
         # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        if not self.serial:
+        if self.has_processes and any(member.kind != "network" for member in members):
             _workers.workers(work.num_jobs).submit(int)  # the processes start now
 
     def time_left(self) -> float:
         return self.work.clock.left() - self.work.reserve
+
+    def is_over(self) -> bool:
+        """Whether the time is over. The first result is awaited, however late it is."""
+        return bool(self.results) and self.time_left() <= 0
+
+    def patience(self) -> float | None:
+        """Seconds until the time is over or a fit is taken to hang. None means forever."""
+        ends = [self.deadline(future) - time.monotonic() for future in self.deadlines]
+        if self.results and self.work.clock.limit is not None:
+            ends.append(self.time_left())
+        return max(0.0, min(ends)) if ends else None
+
+    def deadline(self, future: concurrent.futures.Future) -> float:
+        """The time at which a fit is taken to hang. A busy machine may not cost the first result or equal results."""
+        hurry = self.results and self.work.clock.limit is not None
+        return self.deadlines[future] + (0.0 if hurry else _MORE_PATIENCE)
 
     def seconds(self, member: Member) -> float:
         """Expected seconds of a member on all workers."""
@@ -173,10 +189,9 @@ class _Run:
                 self.start_network(member)
                 continue
             fold = folds.pop(0)
-            in_thread = self.serial or self.is_quick(member)
-            workers = self.thread if in_thread else _workers.workers(self.work.num_jobs)
-            future = workers.submit(_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
-            self.running[future] = (member, fold)
+            workers = _workers.workers(self.work.num_jobs) if self.has_processes else self.thread
+            task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
+            future = self.start(workers, task, member, fold)
             if self.num_slots == 1:
                 self.alone.add(future)
             if not folds:
@@ -184,14 +199,22 @@ class _Run:
         return bool(self.running)
 
     def start_network(self, member: Member) -> None:
-        worker = _workers.network_worker() if _workers.can_start() else self.thread
+        worker = _workers.network_worker() if self.has_processes else self.thread
         worker.submit(int)  # a new process starts now
-        try:  # In the thread, because it changes settings as fits do.
-            task = self.thread.submit(self.work.network_task, member.settings).result()
+        try:
+            task = self.work.network_task(member.settings)
         except Exception as error:  # a library's
             self.fail(member, error)
         else:
-            self.running[worker.submit(*task)] = (member, None)
+            self.start(worker, task, member, None)
+
+    def start(self, workers: Any, task: tuple, member: Member, fold: int | None) -> concurrent.futures.Future:
+        future = workers.submit(*task)
+        self.running[future] = (member, fold)
+        if self.has_processes:
+            longest = self.work.times.longest_seconds(member.kind, member.settings, len(self.work.folds))
+            self.deadlines[future] = time.monotonic() + longest
+        return future
 
     def next_member(self) -> Member | None:
         """Takes the waiting member with the largest gain per second among those that fit in the time left."""
@@ -229,6 +252,7 @@ class _Run:
     def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
         """Records a finished task. Returns its member if that was its last fold."""
         member, fold = self.running.pop(future)
+        self.deadlines.pop(future, None)
         if member.name in self.failed:
             return None
         try:
@@ -271,13 +295,30 @@ class _Run:
         _log.warning("the model %s failed: %s", member.name, self.failed[member.name])
         self.begun = [(other, folds) for other, folds in self.begun if other.name != member.name]
 
+    def stop_hung(self) -> None:
+        """Ends the workers of fits that hang. Other fits of these workers begin again."""
+        now = time.monotonic()
+        hung = {future for future in self.deadlines if self.deadline(future) <= now}
+        networks = {future for future, (_, fold) in self.running.items() if fold is None}
+        for name, tasks in (("network", networks), (self.work.num_jobs, self.running.keys() - networks)):
+            if not hung & tasks:
+                continue
+            _workers.stop(name)
+            ended = {future: self.running.pop(future) for future in tasks}
+            for future, (member, fold) in ended.items():
+                del self.deadlines[future]
+                if future not in hung:
+                    self.begun.insert(0, (member, [fold]))
+            for member in {ended[future][0].name: ended[future][0] for future in hung & tasks}.values():
+                self.fail(member, TimeoutError("took much longer than expected, and was stopped"))
+
     def stop(self) -> None:
         """Ends the workers: the time is over."""
         for member, _ in self.running.values():
             self.failed.setdefault(member.name, "out of time")
-        if self.network_runs():
+        if self.has_processes and self.network_runs():
             _workers.stop("network")
-        if not self.serial:
+        if self.has_processes and any(fold is not None for _, fold in self.running.values()):
             _workers.stop(self.work.num_jobs)
         self.running.clear()
 

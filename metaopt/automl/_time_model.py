@@ -21,6 +21,7 @@ NETWORK_COMPILE = 12.0  # seconds for a new shape; less if JAX's cache has the p
 REFINED_COMPILE = 35.0  # the same for hypergradients
 _RUNS_OF_A_STEP = 5  # training runs that a hypergradient step costs
 _NETWORK_STEP = 2e-4  # seconds of a step of one fold
+_HANG_FACTOR, _HANG_SECONDS = 20.0, 30.0  # a fit hangs if it takes these times the expected seconds, and these more
 
 
 class TimeModel:
@@ -48,6 +49,17 @@ class TimeModel:
         compilation = NETWORK_COMPILE if not refined else REFINED_COMPILE
         seconds = (0 if (steps, refined) in self.compiled else compilation) + _NETWORK_STEP * steps * num_folds * runs
         return seconds * self.network_factor
+
+    def longest_seconds(self, kind: str, settings: dict[str, Any], num_folds: int) -> float:
+        """Seconds after which a fit of one fold, or of all folds of a network, is taken to hang.
+
+        A correction that lowers the expected seconds does not count: the next fit may compile a program.
+        """
+        if kind == "network":
+            expected, factor = self.network_seconds(settings, num_folds), self.network_factor
+        else:
+            expected, factor = self.fit_seconds(kind, settings), self._factor(kind)
+        return _HANG_SECONDS + _HANG_FACTOR * expected / min(1.0, factor)
 
     def observe(self, kind: str, settings: dict[str, Any], seconds: float) -> None:
         """Records the seconds of a finished fit of one fold."""

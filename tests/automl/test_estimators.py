@@ -27,7 +27,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
 from metaopt import automl, spaces, tasks
-from metaopt.automl import _inputs, _network_folds, _rows
+from metaopt.automl import _inputs, _network_folds, _rows, _schedule, _workers
 from metaopt.automl._time_model import TimeModel
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
@@ -294,39 +294,59 @@ def test_a_time_limit_is_kept_and_the_rest_is_named(wine):
     )
 
 
-def test_a_model_that_fails_costs_only_itself(wine, monkeypatch):
-    def fail(*args, **kwargs):
-        raise MemoryError("too large")
+@pytest.fixture
+def replaced(tmp_path, monkeypatch):
+    """Worker processes import the given sources instead of libraries, which this process has already imported."""
 
-    monkeypatch.setattr("lightgbm.train", fail)  # simulates a full memory
-    model = automl.AutoClassifier(**QUICK).fit(*wine[:2])
+    def replace(num_jobs, **sources):
+        for name, source in sources.items():
+            importlib.import_module(name)
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        _workers.stop(num_jobs)  # new workers import them again
+
+    monkeypatch.syspath_prepend(tmp_path)  # joblib sets the paths of new workers to those of this process
+    yield replace
+    for num_jobs in range(1, 5):
+        _workers.stop(num_jobs)
+
+
+@pytest.fixture(scope="module")
+def larger_table():
+    return datasets.make_classification(800, 10, n_informative=5, n_classes=6, random_state=0)
+
+
+def test_a_model_that_fails_costs_only_itself(wine, replaced):
+    replaced(2, lightgbm="raise MemoryError('too large')")
+    model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
     assert list(model.leaderboard_["model"]) == ["linear"]
     assert model.ensemble_.failed == {"lightgbm": "MemoryError: too large"}
 
 
-@pytest.fixture
-def replace_lightgbm(tmp_path, monkeypatch):
-    """Worker processes import the given source instead of lightgbm. This process has already imported lightgbm."""
-    importlib.import_module("lightgbm")
-    monkeypatch.syspath_prepend(tmp_path)  # joblib sets the paths of new workers to those of this process
-    return (tmp_path / "lightgbm.py").write_text
-
-
-@pytest.fixture(scope="module")
-def slow_table():
-    """A table for which LightGBM is expected to take many seconds: only then are models fitted in worker processes."""
-    return datasets.make_classification(800, 10, n_informative=5, n_classes=6, random_state=0)
-
-
 @pytest.mark.once
-def test_a_model_that_kills_its_worker_costs_only_itself(slow_table, replace_lightgbm):
-    replace_lightgbm("import os\nos._exit(1)")
-    # 3 jobs, so that loky starts new workers: those of earlier tests are kept for another number of jobs.
+def test_a_model_that_kills_its_worker_costs_only_itself(larger_table, replaced):
+    replaced(3, lightgbm="import os\nos._exit(1)")
     options = QUICK | {"models": ("lightgbm", "extra_trees"), "n_jobs": 3}
     # Extra trees come first. The last of their 7 folds runs next to LightGBM's first one, dies with it, and runs again.
-    model = automl.AutoClassifier(**options).fit(*slow_table, groups=np.arange(800) % 7)
+    model = automl.AutoClassifier(**options).fit(*larger_table, groups=np.arange(800) % 7)
     assert list(model.leaderboard_["model"]) == ["extra_trees"]
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
+
+
+@pytest.mark.parametrize("num_jobs", [1, 3])
+def test_a_model_that_hangs_costs_only_itself(num_jobs, wine, replaced, monkeypatch):
+    slow = "import time\ntime.sleep({})\nraise MemoryError('too large')"
+    replaced(num_jobs, lightgbm=slow.format(1000), xgboost=slow.format(6))
+    seconds = {"lightgbm": 4.0}
+    monkeypatch.setattr(TimeModel, "longest_seconds", lambda self, kind, *_: seconds.get(kind, 300.0))
+    monkeypatch.setattr(_schedule, "_MORE_PATIENCE", 0.0)
+    options = QUICK | {"models": ("lightgbm", "xgboost", "extra_trees", "linear"), "n_jobs": num_jobs}
+    # With 3 jobs, the two folds of LightGBM hang next to one of XGBoost, which begins again.
+    model = automl.AutoClassifier(**options | {"time_limit": None}).fit(*wine[:2], groups=np.arange(len(wine[1])) % 2)
+    assert model.not_fitted_ == {
+        "lightgbm": "TimeoutError: took much longer than expected, and was stopped",
+        "xgboost": "MemoryError: too large",
+    }
+    assert set(model.leaderboard_["model"]) == {"extra_trees", "linear"}
 
 
 def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
@@ -342,10 +362,16 @@ def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
     assert model.not_fitted_["network"] == "out of time"
     (process,) = (int(file.stem) for file in tmp_path.glob("*.pid"))
     assert process != os.getpid()
-    limit = time.monotonic() + 10
-    while is_alive(process) and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not is_alive(process)
+    assert_ends([process])
+
+
+def test_a_tree_that_is_too_slow_is_stopped(wine, replaced, tmp_path):
+    source = "import os, pathlib, time\npathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\ntime.sleep(300)"
+    replaced(2, lightgbm=source)
+    model = automl.AutoClassifier(**QUICK | {"time_limit": 8.0, "n_jobs": 2}).fit(*wine[:2])
+    assert list(model.leaderboard_["model"]) == ["linear"]
+    assert model.not_fitted_ == {"lightgbm": "out of time"}
+    assert_ends([int(file.stem) for file in tmp_path.glob("*.pid")])
 
 
 def test_a_network_that_ends_its_process_costs_only_itself(wine, monkeypatch):
@@ -393,7 +419,7 @@ def test_a_process_that_cannot_start_others_fits_all_models_itself(tmp_path):
 
 
 @pytest.mark.once
-def test_an_interrupt_ends_the_workers(slow_table, replace_lightgbm, tmp_path):
+def test_an_interrupt_ends_the_workers(larger_table, replaced, tmp_path):
     source = """
         import os, pathlib, signal, time
 
@@ -407,20 +433,24 @@ def test_an_interrupt_ends_the_workers(slow_table, replace_lightgbm, tmp_path):
             pass  # another worker has done it
         time.sleep(30)
     """
-    replace_lightgbm(textwrap.dedent(source))
+    replaced(4, lightgbm=source)
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    options = QUICK | {"models": "lightgbm", "n_jobs": 4}  # new workers
+    options = QUICK | {"models": "lightgbm", "n_jobs": 4}
     try:
         with pytest.raises(KeyboardInterrupt):
-            automl.AutoClassifier(**options).fit(*slow_table)
+            automl.AutoClassifier(**options).fit(*larger_table)
     finally:
         signal.signal(signal.SIGINT, former)
-    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
-    assert workers
+    assert_ends([int(file.stem) for file in tmp_path.glob("*.pid")])
+
+
+def assert_ends(processes):
+    """Waits until the processes have ended, for 10 s at most."""
+    assert processes
     limit = time.monotonic() + 10
-    while any(map(is_alive, workers)) and time.monotonic() < limit:
+    while any(map(is_alive, processes)) and time.monotonic() < limit:
         time.sleep(0.05)
-    assert not any(map(is_alive, workers))
+    assert not any(map(is_alive, processes))
 
 
 def is_alive(process):

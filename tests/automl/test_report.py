@@ -56,6 +56,24 @@ def test_the_report_names_the_column_of_groups(tmp_path):
     assert model.fit(frame, frame["x"], groups="patient").suspected_groups_ == ()
 
 
+def test_the_report_counts_the_rows_that_are_not_used_as_they_are(tmp_path):
+    x, y = datasets.load_diabetes(return_X_y=True, as_frame=True)
+    rows = [*range(60), *range(5)]
+    x, y, weight = x.iloc[rows], y.iloc[rows], np.ones(65)
+    weight[[20, 30, 40]] = 0
+    left_out = ("left out", "3 of 65 rows because their weight is 0")
+    together = ("kept together", "5 of 62 rows equal other rows, and are in the same part of each split as these")
+    not_scored = "{} rows only train models, so `score_` and the weights do not depend on them"
+    model = automl.AutoRegressor(**QUICK).fit(x, y, sample_weight=weight)
+    metaopt.save(tmp_path / "model.npz", model)
+    for each in (model, metaopt.load(tmp_path / "model.npz")):
+        notes = each.report_[each.report_["column"] == ""]
+        assert list(zip(notes["action"], notes["reason"], strict=True)) == [left_out, together]
+    model.fit(x[:54], y[:54], time=np.arange(54))  # the first of nine windows is not validated
+    assert model.row_notes_ == [("not scored", not_scored.format("6 of 54"))]
+    assert model.fit(x[:60], y[:60]).row_notes_ == []
+
+
 @pytest.mark.parametrize(("num", "size"), [(6_000, 4), (12, 2_000)])
 def test_groups_are_found_in_a_sample_of_a_long_table(num, size):
     rng = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """The g that comes with the package: its predictions, its inputs, and rows that it must not read."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -12,6 +13,11 @@ import pytest
 import metaopt
 from metaopt import automl, base, spaces, tasks
 from metaopt.automl import _network_folds, _shipped
+
+
+def test_what_is_learned_takes_less_than_two_megabytes():
+    files = list(pathlib.Path(metaopt.__file__).parent.rglob("*.npz"))
+    assert len(files) >= 2 and sum(file.stat().st_size for file in files) < 2e6
 
 
 @pytest.fixture(scope="module")
