@@ -1,4 +1,4 @@
-"""Peak memory of `fit` of AutoML's estimators, size of the saved model, and the cost to load it.
+"""Peak memory of `fit` of AutoML's estimators, size of the saved model, and the costs to load it and to predict.
 
 Each made-up table has ten columns, two of them categories. It is fitted, saved and loaded in fresh processes, with
 `preset="balanced"` without CatBoost, `time_limit=None` and two workers. These are the numbers of `docs/automl.md`. Only
@@ -99,12 +99,18 @@ def peak(pid: int) -> float:
     return 0.0
 
 
-def load(path: Path) -> dict[str, float]:
-    """Memory in MiB and processor seconds of `metaopt.load`, after the imports."""
+def load(case: Case, path: Path) -> dict[str, float]:
+    """Memory in MiB and processor seconds of `metaopt.load`, after the imports; and wall seconds of first predictions.
+
+    The first prediction is of one row, in a process that has loaded the model and has predicted no other rows.
+    """
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    metaopt.load(path)
+    model = metaopt.load(path)
     seconds = time.process_time() - begin
-    return {"load": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / UNIT, "seconds": seconds}
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / UNIT
+    frame, begin = data(case)[0].iloc[:1], time.perf_counter()
+    model.predict(frame)
+    return {"load": memory, "seconds": seconds, "predict": time.perf_counter() - begin}
 
 
 def in_a_process(step: str, name: str, path: Path) -> dict[str, float]:
@@ -115,7 +121,7 @@ def in_a_process(step: str, name: str, path: Path) -> dict[str, float]:
 
 def report(results: dict[str, dict[str, float]]) -> str:
     header = ["table and models", "peak of the process", "of that of networks", "of each worker", "size of the file"]
-    header += ["memory to load it", "processor seconds to load it"]
+    header += ["memory to load it", "processor seconds to load it", "seconds of the first prediction"]
     rows = [
         [
             name,
@@ -123,6 +129,7 @@ def report(results: dict[str, dict[str, float]]) -> str:
             f"{r['size']:.1f} MB",
             f"{r['load'] / 1024:.2f} GiB",
             f"{r['seconds']:.1f}",
+            f"{r['predict']:.2f}",
         ]
         for name, r in results.items()
     ]
@@ -136,7 +143,7 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=None, help="of `--step`")
     args = parser.parse_args()
     if args.step is not None:
-        print(json.dumps(fit(CASES[args.case], args.file) if args.step == "fit" else load(args.file)))
+        print(json.dumps(fit(CASES[args.case], args.file) if args.step == "fit" else load(CASES[args.case], args.file)))
         return
     results = {}
     names = [list(CASES)[-1]] if args.smoke else list(CASES)

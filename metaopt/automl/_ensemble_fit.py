@@ -118,7 +118,8 @@ def fit_ensemble(
     seeds = range(options.seed, options.seed + len(splits))
     folds = [_prepare_fold(rows, columns, num_classes, stops, *part) for part in zip(splits, seeds, strict=True)]
     num_rows = max(len(split.train) for split in splits)
-    times = TimeModel(num_rows, folds[0].data.views.trees.shape[1], num_classes)
+    views = folds[0].data.views
+    times = TimeModel(num_rows, views.trees.shape[1], num_classes, views.dense.shape[1])
     work = _schedule.Work(
         folds=[fold.data for fold in folds],
         network_task=_network_task(rows, columns, num_classes, folds, options.seed),

@@ -287,9 +287,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
     their out-of-fold predictions, and a temperature calibrates the result. A prediction is the weighted mean over
     models and folds; no model is fitted again on all rows, except if `fit` gets `time`.
 
-    Limits. Networks are trained on the CPU, in a process of their own that takes two seconds to start. A worker of
-    `multiprocessing.Pool` cannot start processes, so it fits one model at a time, perhaps beyond the limit. One model
-    is always awaited. Some out-of-fold scores are slightly optimistic: g reads the meta-features of all rows, the
+    Limits. Models are fitted in other processes, which take a second to start, and networks on the CPU. A worker of
+    `multiprocessing.Pool` cannot start processes, so it fits one model at a time, perhaps beyond the limit. The first
+    model is awaited. Some out-of-fold scores are slightly optimistic: g reads the meta-features of all rows, the
     refined network uses the validation rows of all folds, and so do trees with one split (over 20,000 rows), to stop.
 
     Args:

@@ -17,8 +17,7 @@ from metaopt.automl._time_model import TimeModel
 
 _log = logging.getLogger(__name__)
 
-_QUICK_SECONDS = 1.0  # members whose folds take less give the first result
-_MORE_PATIENCE = 600.0  # seconds more for a fit that may hang, without a time limit and before the first result
+_QUICK_SECONDS = 1.0  # a member whose folds take less in total comes first
 
 
 class FoldResult(NamedTuple):
@@ -81,9 +80,10 @@ def fit_members(
     gain per second among those that fit in the time left. The expected gain of the i-th member of the portfolio is 1/i.
     If none of them fits in the time left, and no member has begun, the fastest one begins.
 
-    Networks run in a process of their own, and other members in worker processes. A process is killed if the time is
-    over, or if a fit takes much longer than expected (`TimeModel.longest_seconds`), because some libraries can hang.
-    A process that hangs or crashes loses only its member. If this process cannot start others, all members run in one
+    Networks run in a process of their own, and other members in worker processes. If there is a result when the time is
+    over, processes that still work are killed. They are also killed if a fit takes much longer than expected
+    (`TimeModel.longest_seconds`), because some libraries can hang. A member that hangs or crashes is lost; folds of
+    other members in the killed processes begin again. If this process cannot start others, all members run in one
     thread of it. If the time is over, the thread ends after the fold that it fits.
 
     Args:
@@ -123,8 +123,7 @@ class _Run:
       running: future -> (member, fold); the fold is None for a network, which is trained on all folds at once.
       parts: the results of the folds of unfinished members.
       results: finished members.
-      deadlines: future -> the earliest time at which its fit is taken to hang. Nothing can end threads, so they have
-        none.
+      began: future -> the time at which its fit began, in another process.
       failed: the reason of each member that failed or was stopped.
       alone: tasks that ran while no other task was running.
       network_began: whether the first network has begun.
@@ -135,18 +134,24 @@ class _Run:
         self.waiting = {member.name: (place, member) for place, member in enumerate(members)}
         self.begun: list[tuple[Member, list[int]]] = []
         self.running: dict[concurrent.futures.Future, tuple[Member, int | None]] = {}
-        self.deadlines: dict[concurrent.futures.Future, float] = {}
+        self.began: dict[concurrent.futures.Future, float] = {}
         self.parts: dict[str, dict[int, FoldResult]] = {}
         self.results: dict[str, MemberResult] = {}
         self.failed: dict[str, str] = {}
         self.alone: set[concurrent.futures.Future] = set()
         self.network_began = False
+        num_fits = len(work.folds) * sum(member.kind != "network" for member in members)
+        self.num_workers = min(work.num_jobs, num_fits)
         self.has_processes = _workers.can_start()
-        self.num_slots = work.num_jobs if self.has_processes else 1
-        # Only one thread, because fits change the settings of warnings and of thread pools for the whole process.
+        # Without processes, only one thread, since fits change settings of warnings and thread pools for all threads.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        if self.has_processes and any(member.kind != "network" for member in members):
-            _workers.workers(work.num_jobs).submit(int)  # the processes start now
+        if self.has_processes and num_fits:
+            try:
+                _workers.workers(self.num_workers).submit(int)  # the processes start now
+            except (OSError, NotImplementedError, RuntimeError) as error:  # for example without semaphores
+                _log.warning("no processes can be started (%s), so models are fitted one after another", error)
+                self.has_processes = False
+        self.num_slots = work.num_jobs if self.has_processes else 1
 
     def time_left(self) -> float:
         return self.work.clock.left() - self.work.reserve
@@ -157,15 +162,20 @@ class _Run:
 
     def patience(self) -> float | None:
         """Seconds until the time is over or a fit is taken to hang. None means forever."""
-        ends = [self.deadline(future) - time.monotonic() for future in self.deadlines]
+        ends = [self.deadline(future) - time.monotonic() for future in self.began]
         if self.results and self.work.clock.limit is not None:
             ends.append(self.time_left())
         return max(0.0, min(ends)) if ends else None
 
     def deadline(self, future: concurrent.futures.Future) -> float:
-        """The time at which a fit is taken to hang. A busy machine may not cost the first result or equal results."""
-        hurry = self.results and self.work.clock.limit is not None
-        return self.deadlines[future] + (0.0 if hurry else _MORE_PATIENCE)
+        """The time at which a fit is taken to hang.
+
+        A fit has more time if there is no limit, because results then must not depend on the speed of the machine; and
+        if there is no result yet.
+        """
+        member, is_hurried = self.running[future][0], bool(self.results) and self.work.clock.limit is not None
+        num_folds = len(self.work.folds)
+        return self.began[future] + self.work.times.longest_seconds(member.kind, member.settings, num_folds, is_hurried)
 
     def seconds(self, member: Member) -> float:
         """Expected seconds of a member on all workers."""
@@ -189,7 +199,7 @@ class _Run:
                 self.start_network(member)
                 continue
             fold = folds.pop(0)
-            workers = _workers.workers(self.work.num_jobs) if self.has_processes else self.thread
+            workers = _workers.workers(self.num_workers) if self.has_processes else self.thread
             task = (_kinds.fit_fold, member.kind, member.settings, self.work.folds[fold])
             future = self.start(workers, task, member, fold)
             if self.num_slots == 1:
@@ -202,18 +212,15 @@ class _Run:
         worker = _workers.network_worker() if self.has_processes else self.thread
         worker.submit(int)  # a new process starts now
         try:
-            task = self.work.network_task(member.settings)
-        except Exception as error:  # a library's
+            self.start(worker, self.work.network_task(member.settings), member, None)
+        except Exception as error:  # a library's, or the new process has ended
             self.fail(member, error)
-        else:
-            self.start(worker, task, member, None)
 
     def start(self, workers: Any, task: tuple, member: Member, fold: int | None) -> concurrent.futures.Future:
         future = workers.submit(*task)
         self.running[future] = (member, fold)
         if self.has_processes:
-            longest = self.work.times.longest_seconds(member.kind, member.settings, len(self.work.folds))
-            self.deadlines[future] = time.monotonic() + longest
+            self.began[future] = time.monotonic()
         return future
 
     def next_member(self) -> Member | None:
@@ -232,7 +239,7 @@ class _Run:
                 gains[name] = 1 / (1 + place) / max(seconds, 1e-3)
         if gains:
             return self.waiting.pop(max(gains, key=gains.__getitem__))[1]
-        if self.parts or not self.waiting:
+        if self.parts.keys() - self.failed.keys() or not self.waiting:
             return None
         # A late result is better than none.
         durations = {name: self.seconds(member) for name, (_, member) in self.waiting.items()}
@@ -252,7 +259,7 @@ class _Run:
     def collect(self, future: concurrent.futures.Future) -> MemberResult | None:
         """Records a finished task. Returns its member if that was its last fold."""
         member, fold = self.running.pop(future)
-        self.deadlines.pop(future, None)
+        self.began.pop(future, None)
         if member.name in self.failed:
             return None
         try:
@@ -298,19 +305,22 @@ class _Run:
     def stop_hung(self) -> None:
         """Ends the workers of fits that hang. Other fits of these workers begin again."""
         now = time.monotonic()
-        hung = {future for future in self.deadlines if self.deadline(future) <= now}
-        networks = {future for future, (_, fold) in self.running.items() if fold is None}
-        for name, tasks in (("network", networks), (self.work.num_jobs, self.running.keys() - networks)):
-            if not hung & tasks:
+        tasks = {future: task for future, task in self.running.items() if not future.done()}
+        hung = {future for future in tasks if self.deadline(future) <= now}
+        networks = {future for future, (_, fold) in tasks.items() if fold is None}
+        for name, ended in (("network", networks), (self.num_workers, tasks.keys() - networks)):
+            if not hung & ended:
                 continue
             _workers.stop(name)
-            ended = {future: self.running.pop(future) for future in tasks}
-            for future, (member, fold) in ended.items():
-                del self.deadlines[future]
-                if future not in hung:
+            self.num_slots = self.work.num_jobs  # if one task ran alone
+            for future in ended:
+                member, fold = self.running.pop(future)
+                del self.began[future]
+                if future not in hung and member.name not in self.failed:
                     self.begun.insert(0, (member, [fold]))
-            for member in {ended[future][0].name: ended[future][0] for future in hung & tasks}.values():
-                self.fail(member, TimeoutError("took much longer than expected, and was stopped"))
+            for member in {tasks[future][0].name: tasks[future][0] for future in hung & ended}.values():
+                if member.name not in self.failed:
+                    self.fail(member, TimeoutError("took much longer than expected, and was stopped"))
 
     def stop(self) -> None:
         """Ends the workers: the time is over."""
@@ -319,7 +329,7 @@ class _Run:
         if self.has_processes and self.network_runs():
             _workers.stop("network")
         if self.has_processes and any(fold is not None for _, fold in self.running.values()):
-            _workers.stop(self.work.num_jobs)
+            _workers.stop(self.num_workers)
         self.running.clear()
 
     def close(self) -> None:

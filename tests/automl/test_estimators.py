@@ -27,7 +27,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import metaopt
 from metaopt import automl, spaces, tasks
-from metaopt.automl import _inputs, _network_folds, _rows, _schedule, _workers
+from metaopt.automl import _inputs, _network_folds, _rows, _workers
 from metaopt.automl._time_model import TimeModel
 
 QUICK = {"time_limit": None, "models": ("linear", "lightgbm"), "preset": "instant", "n_jobs": 1, "verbose": False}
@@ -60,7 +60,7 @@ def regressor():
 def test_scikit_learns_contract(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about check_estimator's own odd data
-        results = check_estimator(kind(**QUICK | {"models": ("linear",)}), on_skip=None)
+        results = check_estimator(kind(**QUICK | {"models": ("linear",), "time_limit": 20.0}), on_skip=None)
     assert len(results) > 50
 
 
@@ -284,6 +284,24 @@ def test_equal_seeds_give_equal_results_in_any_order_of_rows(wine):
     assert np.abs(other - first).max() > 1e-4
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("kind", [automl.AutoClassifier, automl.AutoRegressor])
+def test_equal_seeds_give_equal_results_with_any_number_of_workers(kind, wine):
+    if kind is automl.AutoClassifier:
+        x, y, new, more = *wine[:3], ()
+    else:
+        x, y = datasets.load_diabetes(return_X_y=True, as_frame=True)
+        x, y, new, more = x[:150], y[:150], x[150:], ("gaussian_process",)
+    trees = ("lightgbm", "xgboost", "extra_trees", "random_forest", "hist_gradient_boosting")
+    options = QUICK | {"models": ("network", "linear", *trees, *more)}
+    models = [kind(**options | {"n_jobs": num_jobs}).fit(x, y) for num_jobs in (1, 2)]
+    boards = [model.leaderboard_.sort_values("model").reset_index(drop=True) for model in models]
+    assert len(boards[0]) == len(NETWORKS) + len(options["models"]) - 1
+    for column in ("model", "score", "weight"):
+        assert list(boards[0][column]) == list(boards[1][column])
+    np.testing.assert_array_equal(models[0].predict(new), models[1].predict(new))
+
+
 def test_a_time_limit_is_kept_and_the_rest_is_named(wine):
     x, y, *_ = wine
     model = automl.AutoClassifier(**QUICK | {"preset": "best", "time_limit": 1e-3}).fit(x, y)
@@ -303,6 +321,7 @@ def replaced(tmp_path, monkeypatch):
             importlib.import_module(name)
             (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
         _workers.stop(num_jobs)  # new workers import them again
+        _workers.workers(num_jobs).submit(int).result(timeout=300)
 
     monkeypatch.syspath_prepend(tmp_path)  # joblib sets the paths of new workers to those of this process
     yield replace
@@ -332,21 +351,64 @@ def test_a_model_that_kills_its_worker_costs_only_itself(larger_table, replaced)
     assert "TerminatedWorkerError" in model.ensemble_.failed["lightgbm"]
 
 
+HUNG = "TimeoutError: took much longer than expected, and was stopped"
+# The real library, after some seconds.
+LATE = """
+import importlib, pathlib, sys, time
+time.sleep(6)
+folder = str(pathlib.Path(__file__).parent)
+sys.path[:] = [path for path in sys.path if path != folder]
+del sys.modules[__name__]
+importlib.import_module(__name__)
+"""
+
+
+@pytest.fixture
+def hangs_after(monkeypatch):
+    """Sets the seconds after which a fit of some kinds is taken to hang."""
+
+    def set_seconds(**seconds):
+        monkeypatch.setattr(TimeModel, "longest_seconds", lambda self, kind, *_: seconds.get(kind, 300.0))
+
+    return set_seconds
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("num_jobs", [1, 3])
-def test_a_model_that_hangs_costs_only_itself(num_jobs, wine, replaced, monkeypatch):
-    slow = "import time\ntime.sleep({})\nraise MemoryError('too large')"
-    replaced(num_jobs, lightgbm=slow.format(1000), xgboost=slow.format(6))
-    seconds = {"lightgbm": 4.0}
-    monkeypatch.setattr(TimeModel, "longest_seconds", lambda self, kind, *_: seconds.get(kind, 300.0))
-    monkeypatch.setattr(_schedule, "_MORE_PATIENCE", 0.0)
+def test_a_model_that_hangs_costs_only_itself(num_jobs, wine, replaced, hangs_after):
+    replaced(num_jobs, lightgbm="import time\ntime.sleep(1000)", xgboost=LATE)
+    hangs_after(lightgbm=3.0)
     options = QUICK | {"models": ("lightgbm", "xgboost", "extra_trees", "linear"), "n_jobs": num_jobs}
     # With 3 jobs, the two folds of LightGBM hang next to one of XGBoost, which begins again.
-    model = automl.AutoClassifier(**options | {"time_limit": None}).fit(*wine[:2], groups=np.arange(len(wine[1])) % 2)
-    assert model.not_fitted_ == {
-        "lightgbm": "TimeoutError: took much longer than expected, and was stopped",
-        "xgboost": "MemoryError: too large",
-    }
-    assert set(model.leaderboard_["model"]) == {"extra_trees", "linear"}
+    model = automl.AutoClassifier(**options).fit(*wine[:2], groups=np.arange(len(wine[1])) % 2)
+    assert model.not_fitted_ == {"lightgbm": HUNG}
+    assert set(model.leaderboard_["model"]) == {"xgboost", "extra_trees", "linear"}
+
+
+def test_if_the_first_model_hangs_until_the_time_is_over_another_is_fitted(wine, replaced, hangs_after):
+    replaced(2, lightgbm="import time\ntime.sleep(1000)")
+    hangs_after(lightgbm=2.0)
+    options = QUICK | {"models": ("lightgbm", "extra_trees"), "n_jobs": 2, "time_limit": 1.0}
+    model = automl.AutoClassifier(**options).fit(*wine[:2])
+    assert model.not_fitted_ == {"lightgbm": HUNG} and list(model.leaderboard_["model"]) == ["extra_trees"]
+
+
+@pytest.mark.once
+def test_a_network_that_hangs_costs_only_itself(wine, hangs_after, monkeypatch):
+    monkeypatch.setattr(_network_folds, "fit_folds", lambda *_: time.sleep(1000))
+    hangs_after(network=1.0)
+    model = automl.AutoClassifier(**QUICK | {"models": ("network", "linear")}).fit(*wine[:2])
+    assert model.not_fitted_ == dict.fromkeys(NETWORKS, HUNG) and list(model.leaderboard_["model"]) == ["linear"]
+
+
+@pytest.mark.once
+def test_a_tree_that_is_too_slow_is_stopped(wine, replaced, tmp_path):
+    source = "import os, pathlib, time\npathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\ntime.sleep(300)"
+    replaced(2, lightgbm=source)
+    model = automl.AutoClassifier(**QUICK | {"time_limit": 20.0, "n_jobs": 2}).fit(*wine[:2])
+    assert list(model.leaderboard_["model"]) == ["linear"]
+    assert model.not_fitted_ == {"lightgbm": "out of time"}
+    assert_ends([int(file.stem) for file in tmp_path.glob("*.pid")])
 
 
 def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
@@ -363,15 +425,6 @@ def test_a_network_that_is_too_slow_is_stopped(wine, monkeypatch, tmp_path):
     (process,) = (int(file.stem) for file in tmp_path.glob("*.pid"))
     assert process != os.getpid()
     assert_ends([process])
-
-
-def test_a_tree_that_is_too_slow_is_stopped(wine, replaced, tmp_path):
-    source = "import os, pathlib, time\npathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\ntime.sleep(300)"
-    replaced(2, lightgbm=source)
-    model = automl.AutoClassifier(**QUICK | {"time_limit": 8.0, "n_jobs": 2}).fit(*wine[:2])
-    assert list(model.leaderboard_["model"]) == ["linear"]
-    assert model.not_fitted_ == {"lightgbm": "out of time"}
-    assert_ends([int(file.stem) for file in tmp_path.glob("*.pid")])
 
 
 def test_a_network_that_ends_its_process_costs_only_itself(wine, monkeypatch):

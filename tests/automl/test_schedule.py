@@ -1,5 +1,6 @@
 """The order of the members of a portfolio, their expected seconds, and the splits of large tables."""
 
+import concurrent.futures
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ class Times:
 
     def network_seconds(self, settings, num_folds):
         return settings["seconds"] * num_folds
+
+    def longest_seconds(self, kind, settings, num_folds, is_hurried):
+        return 100.0 * settings["seconds"] + 600.0 * (not is_hurried)
 
 
 @pytest.fixture
@@ -68,12 +72,36 @@ def test_finished_fits_correct_the_expected_seconds():
     times.observe("lightgbm", {}, 12 * before["lightgbm"])
     assert np.isclose(times.fit_seconds("lightgbm", {}), 12 * before["lightgbm"])
     assert np.isclose(times.fit_seconds("xgboost", {}), 6 * before["xgboost"])  # the geometric mean of 3 and 12
-    # Fits that were faster than expected do not make a later fit seem to hang.
+
+
+def test_the_expected_seconds_of_linear_models_depend_on_their_columns():
+    few, many = (TimeModel(1000, 10, 2, num_dense) for num_dense in (10, 110))
+    assert few.fit_seconds("lightgbm", {}) == many.fit_seconds("lightgbm", {})
+    assert many.fit_seconds("linear", {}) > 5 * few.fit_seconds("linear", {})
+
+
+def test_when_a_fit_is_taken_to_hang():
+    times, fresh = TimeModel(1000, 10, 2), TimeModel(1000, 10, 2)
     times.observe_network({}, 8, 0.01)
-    fresh = TimeModel(1000, 10, 2)
-    assert times.network_seconds({"num_steps": 7}, 8) < fresh.network_seconds({"num_steps": 7}, 8)
-    longest = [each.longest_seconds("network", {"num_steps": 7}, 8) for each in (times, fresh)]
-    assert longest[0] == pytest.approx(longest[1]) and longest[1] > 250
+    times.observe("lightgbm", {}, 0.01)
+    assert times.network_seconds({}, 8) < 0.1 * fresh.network_seconds({}, 8)
+    # Faster fits do not shorten the wait: a new process compiles again.
+    for kind, settings in (("network", {}), ("lightgbm", {}), ("linear", {})):
+        assert times.longest_seconds(kind, settings, 8, True) == fresh.longest_seconds(kind, settings, 8, True)
+    assert fresh.longest_seconds("network", {}, 8, True) > 250
+    assert fresh.longest_seconds("linear", {}, 8, False) == fresh.longest_seconds("linear", {}, 8, True) + 600
+    times.observe("linear", {}, 1000.0)
+    assert times.longest_seconds("linear", {}, 8, True) > 20_000
+
+
+@pytest.mark.parametrize(("limit", "results", "more"), [(60, 1, 0), (60, 0, 600), (None, 1, 600)])
+def test_a_fit_has_more_time_without_a_limit_or_a_result(limit, results, more, run):
+    state = run(limit, linear=1)
+    future = concurrent.futures.Future()
+    (_, member) = state.waiting["linear"]
+    state.running[future], state.began[future] = (member, 0), 5.0
+    state.results = dict.fromkeys(range(results))
+    assert state.deadline(future) == 5 + 100 + more
 
 
 @pytest.mark.parametrize("num_rows", [_rows.MAX_FOLD_ROWS, _rows.MAX_FOLD_ROWS + 1])
