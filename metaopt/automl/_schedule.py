@@ -316,7 +316,7 @@ class _Run:
             for future in ended:
                 member, fold = self.running.pop(future)
                 del self.began[future]
-                if future not in hung and member.name not in self.failed:
+                if fold is not None and future not in hung and member.name not in self.failed:
                     self.begun.insert(0, (member, [fold]))
             for member in {tasks[future][0].name: tasks[future][0] for future in hung & ended}.values():
                 if member.name not in self.failed:
