@@ -76,7 +76,7 @@ def fit(case: Case, path: Path) -> dict[str, float]:
 
     def watch():
         while not done.wait(0.2):
-            for name, pool in list(_workers._POOLS.items()):
+            for (_, name), pool in list(_workers._POOLS.items()):
                 part = "network" if name == "network" else "worker"
                 peaks[part] = max([peaks[part], *(peak(pid) for pid in list(pool._processes))])
 
