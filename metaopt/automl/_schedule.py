@@ -145,9 +145,10 @@ class _Run:
         self.has_processes = _workers.can_start()
         # Without processes, only one thread, since fits change settings of warnings and thread pools for all threads.
         self.thread = concurrent.futures.ThreadPoolExecutor(1)
-        if self.has_processes and num_fits:
+        if self.has_processes:
             try:
-                _workers.workers(self.num_workers).submit(int)  # the processes start now
+                worker = _workers.workers(self.num_workers) if num_fits else _workers.network_worker()
+                worker.submit(int)  # the processes start now
             except (OSError, NotImplementedError, RuntimeError) as error:  # for example without semaphores
                 _log.warning("no processes can be started (%s), so models are fitted one after another", error)
                 self.has_processes = False
@@ -170,8 +171,8 @@ class _Run:
     def deadline(self, future: concurrent.futures.Future) -> float:
         """The time at which a fit is taken to hang.
 
-        A fit has more time if there is no limit, because results then must not depend on the speed of the machine; and
-        if there is no result yet.
+        A fit has more time if there is no result yet. It also has more time without a limit, because results then must
+        not depend on the speed of the machine.
         """
         member, is_hurried = self.running[future][0], bool(self.results) and self.work.clock.limit is not None
         num_folds = len(self.work.folds)

@@ -471,6 +471,16 @@ def test_a_process_that_cannot_start_others_fits_all_models_itself(tmp_path):
     assert set(done.stdout.strip().split(",")) == {"linear", *NETWORKS}
 
 
+def test_where_no_process_starts_one_thread_fits_all_models(wine, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no semaphores")
+
+    monkeypatch.setattr(_workers, "workers", fail)
+    model = automl.AutoClassifier(**QUICK | {"n_jobs": 2}).fit(*wine[:2])
+    assert set(model.leaderboard_["model"]) == {"linear", "lightgbm"}
+    assert "no processes can be started (no semaphores)" in caplog.text
+
+
 @pytest.mark.once
 def test_an_interrupt_ends_the_workers(larger_table, replaced, tmp_path):
     source = """
