@@ -52,6 +52,7 @@ def test_a_quick_member_and_a_network_come_first_and_then_the_largest_gain_per_s
     # gains per second: 1/1 / 20 = .05, 1/2 / 4 = .125, 1/5 / .4 = .5
     assert order(run(100, slow=10, middle=2, late=51, network=5, quick=0.2)) == ["quick", "network", "middle", "slow"]
     assert order(run(None, slow=10, middle=2, late=51)) == ["middle", "slow", "late"]
+    assert order(run(None, first=4, second=3)) == ["first", "second"]  # 1/1 / 8 = .125, 1/2 / 6 = .083
 
 
 def test_a_long_network_waits_for_its_turn(run):
