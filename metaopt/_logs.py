@@ -1,4 +1,4 @@
-"""Warnings of a log that a caller shows itself, or that would repeat others."""
+"""Messages of a log that a caller shows itself, or that would repeat others."""
 
 import contextlib
 import contextvars
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-_held: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("held", default=None)
+_held: contextvars.ContextVar[tuple[list[str], int] | None] = contextvars.ContextVar("held", default=None)
 
 
 class Log(logging.LoggerAdapter):
@@ -16,21 +16,22 @@ class Log(logging.LoggerAdapter):
         held = _held.get()
         if held is None:
             super().log(level, msg, *args, stacklevel=2, **kwargs)
-        elif level >= logging.WARNING:
-            held.append(msg % args if args else msg)
+        elif level >= held[1]:
+            held[0].append(msg % args if args else msg)
 
 
 @contextlib.contextmanager
-def hold_back() -> Iterator[list[str]]:
-    """Collects the warnings of all `Log`s, whatever levels the loggers have. Other threads are not affected.
+def hold_back(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """Collects the messages of all `Log`s, whatever levels the loggers have. Other threads are not affected.
 
-    Messages below a warning are dropped.
+    Args:
+      level: the lowest level that is collected; other messages are dropped.
 
     Yields:
       The messages, in their order. The list grows while the body runs.
     """
     messages: list[str] = []
-    token = _held.set(messages)
+    token = _held.set((messages, level))
     try:
         yield messages
     finally:

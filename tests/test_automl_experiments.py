@@ -86,24 +86,32 @@ def test_an_ablation_lacks_one_part(is_class, monkeypatch):
     assert no_trees == {"network", "linear"} | ({"gaussian_process"} & whole) and len(no_trees) == 3 - is_class
 
 
-def test_seconds_of_instant_are_measured_without_and_then_with_the_programs_of_the_same_table(monkeypatch):
-    num_files, num_cleared, former = [], [], jax.config.jax_compilation_cache_dir
+def test_instant_runs_with_its_limit_without_or_with_the_programs_of_the_same_table(monkeypatch):
+    fits, num_cleared, former = [], [], jax.config.jax_compilation_cache_dir
     least = jax.config.jax_persistent_cache_min_compile_time_secs
 
-    def auto(split, seed, args, preset):
-        num_files.append(len(os.listdir(jax.config.jax_compilation_cache_dir)))
+    def auto(split, seed, args, limit, preset):
+        fits.append((limit, len(os.listdir(jax.config.jax_compilation_cache_dir)) > 0))
         jax.jit(lambda x: x + 1.5)(np.ones(3))
-        return None, {"fit": 10.0 ** len(num_files)}
+        predicted = np.eye(2)[split.table.y[split.test]] * 0.5 + 0.25
+        return predicted, {"fit": 4.0 * len(fits), "limit": limit}
 
     monkeypatch.setattr(tables, "auto", auto)
     monkeypatch.setattr(jax, "clear_caches", lambda: num_cleared.append(1))
+    args = SimpleNamespace(ablations=False, instant=True, long=False, peers=None, time=60.0, longer=None, keep=None, seed=0)
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
+    chosen = {name: method for name, method in tables.methods(args).items() if "instant" in name or "class" in name}
     try:
-        text = tables.instant_seconds([split, split], SimpleNamespace(seed=0))
+        results = {name: [tables._once(split, name, chosen[name], args)] for name in chosen}
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-    assert [num > 0 for num in num_files] == [False, True, False, True] and len(num_cleared) == 4
-    assert [row[1] for row in cells(text)[2:]] == ["505.0", "5050.0"]
+    assert fits == [(30.0, False), (60.0, False), (5.0, True)] and len(num_cleared) == 3
+    text = tables.instant_report([split], results)
+    assert text.count("| class shares or mean |") == 4 and text.count("metaopt instant, 5 s, warm") == 4
+    assert [row[1:] for row in cells(text[text.index("| 1 tables | mean seconds") :])[-2:]] == [
+        ["4.0", "4.0", "4.0", "0"],
+        ["12.0", "12.0", "12.0", "1"],
+    ]
     assert jax.config.jax_compilation_cache_dir == former
 
 
@@ -136,7 +144,7 @@ def test_a_longer_limit_is_that_of_one_method_only(monkeypatch):
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
     chosen = tables.methods(args)
     args.instant = True
-    assert set(chosen) - set(tables.methods(args)) == {"metaopt"}  # the preset `instant` is judged without the others
+    assert set(chosen) - set(tables.methods(args)) == {"metaopt", "metaopt instant"}  # only with its own limits
     for name in ("metaopt", "metaopt, 240 s", "metaopt instant"):
         with pytest.raises(Stop):
             chosen[name](split, 0, args)

@@ -44,6 +44,7 @@ LOWEST = 1e-4  # a probability in a log loss, for all methods
 SIZES = {"under 500 rows": (0, 500), "500 to 2,000": (500, 2000), "above 2,000": (2000, 10**9)}
 TREES = ("lightgbm", "extra_trees", "random_forest", "xgboost")
 TREES += ("catboost",) if importlib.util.find_spec("catboost") else ()  # as in the estimators
+INSTANT = {"metaopt instant, 30 s, cold": (30.0, False), "metaopt instant, 5 s, warm": (5.0, True)}
 ABLATIONS = ("without g", "without the network", "without trees")  # each needs another fit; `_parts_removed` does not
 
 
@@ -207,25 +208,31 @@ def constant(split: Split, seed: int, args):
     return np.tile(shares, (len(split.test), 1)), {}
 
 
-def instant_seconds(splits: list[Split], args) -> str:
-    """Seconds of `instant` on each table, twice: the second time, JAX finds the compiled programs of the first one."""
-    seconds: dict[str, list[float]] = {"without compiled programs": [], "with compiled programs": []}
+def instant(limit: float, is_warm: bool, split: Split, seed: int, args):
+    """The preset `instant` in a new process. If `is_warm`, JAX has the compiled programs of an earlier fit."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # for the process of networks
-    with report_progress(2 * len(splits), None, "{table}", table="") as report:
-        for number, split in enumerate(splits):
-            # A folder for each table, since other tables may need some of the same programs.
-            with tempfile.TemporaryDirectory() as folder, _cache.compilation_cache(folder):
-                for count, values in enumerate(seconds.values()):
-                    jax.clear_caches()  # clears those of this process; the folder keeps its programs
-                    _workers.stop("network")  # the next fit starts a new process
-                    values.append(auto(split, args.seed, args, preset="instant")[1]["fit"])
-                    report(2 * number + count + 1, table=split.table.name)
-    rows = [
-        [name, *(f"{value:.1f}" for value in (np.mean(values), np.median(values), max(values)))]
-        for name, values in seconds.items()
-    ]
-    return script.table([f"`instant` on {len(splits)} tables", "mean seconds", "median", "largest"], rows)
+    # A folder for each fit, since other tables may need some of the same programs.
+    with tempfile.TemporaryDirectory() as folder, _cache.compilation_cache(folder):
+        for seconds in (args.time, limit) if is_warm else (limit,):
+            jax.clear_caches()  # clears those of this process; the folder keeps its programs
+            _workers.stop("network")  # the next fit starts a new process
+            result = auto(split, seed, args, seconds, preset="instant")
+    return result
+
+
+def instant_report(splits: list[Split], results: dict[str, list[dict]]) -> str:
+    """The report against each of `INSTANT`, without the others, and a table of seconds."""
+    parts, rows = [], []
+    for name in INSTANT:
+        others = {key: values for key, values in results.items() if key == name or key not in INSTANT}
+        parts.append(f"**{name[8:]}** against the others\n\n{report(splits, others, name)}")
+        seconds = [result["fit"] for result in results[name]]
+        cells = (np.mean(seconds), np.median(seconds), max(seconds))
+        num_late = sum(result["fit"] > result["limit"] for result in results[name])
+        rows.append([name[8:], *(f"{value:.1f}" for value in cells), str(num_late)])
+    header = [f"{len(splits)} tables", "mean seconds", "median", "largest", "tables above the limit"]
+    return "\n\n".join([*parts, script.table(header, rows)])
 
 
 def export(splits: list[Split], folder: Path) -> None:
@@ -261,7 +268,8 @@ def methods(args) -> dict[str, Callable]:
     if args.ablations:
         chosen = {"metaopt": auto} | {f"metaopt {name}": functools.partial(ablated, name) for name in ABLATIONS}
     if args.instant:
-        del chosen["metaopt"]
+        del chosen["metaopt"], chosen["metaopt instant"]
+        chosen |= {name: functools.partial(instant, *options) for name, options in INSTANT.items()}
     if args.long:  # the others do not depend on a limit of seconds
         chosen = {name: chosen[name] for name in ("class shares or mean", "linear", "random forest", "metaopt")}
     if args.longer is not None:
@@ -388,12 +396,12 @@ def main() -> None:
             for count, (name, method) in enumerate(chosen.items()):
                 results[name].append(_once(split, name, method, args))
                 progress(number * len(chosen) + count + 1, table=split.table.name, method=name)
-    reference = "metaopt instant" if args.instant else "metaopt"
+    reference = "metaopt instant, 30 s, cold" if args.instant else "metaopt"
     for name in dict.fromkeys(also for result in results[reference] for also in result.get("also", ())):
         results[name] = [_also(result, name) for result in results[reference]]
     limited = [r for name, values in results.items() if name.startswith("metaopt") for r in values]
     late = [r["fit"] / r.get("limit", args.time) - 1 for r in limited]  # older kept results have no "limit"
-    text = report(splits, results, reference)
+    text = instant_report(splits, results) if args.instant else report(splits, results, reference)
     text += f"\n\nLargest overrun of the time limit: {max(late):+.0%}; seed {args.seed}."
     if args.long and (below := _below_2000(splits)):
         part = {name: [values[i] for i in below] for name, values in results.items()}
@@ -401,8 +409,6 @@ def main() -> None:
         text += f"\n\n{by_table(splits, results)}"
     if args.ablations:
         text += f"\n\n{weights(splits, results['metaopt'])}"
-    if args.instant:
-        text += f"\n\n{instant_seconds(splits, args)}"
     families, name = "development families" if args.development else "new families", result_name(args)
     script.publish(__file__, f"AutoML on tables of {families}", text, args, name=name)
     if not args.smoke:

@@ -38,7 +38,7 @@ MIN_ROWS = 20  # with fewer, columns look like ids or are equal by chance
 _MANY = 5  # fewer unseen values of a category are not reported
 _DAY = 86_400_000_000  # microseconds
 _SAMPLE_SIZE = 50  # different texts of a column on which a reading is tried first
-_MERGED = "which float32 rounds to"  # as in the notes of `from_csv_folder`
+_MERGED = "which float32 rounds to"
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
 _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
 
@@ -136,7 +136,7 @@ class Fit(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) -> Fit:
+def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False, decimal: str = ".") -> Fit:
     """Chooses the code of a column.
 
     Args:
@@ -144,6 +144,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
       source: its position.
       raw: its values.
       keep: whether to keep numbers that look like ids.
+      decimal: the decimal mark of a text that can be read with either mark.
 
     Returns:
       The fit.
@@ -152,7 +153,7 @@ def fit_column(name: str, source: int, raw: RawColumn, *, keep: bool = False) ->
         return _dropped(raw.reason, warns=True)
     reading, sign, changes = "", "", ()
     if raw.kind == "text":
-        reading, sign, changes = _reading_of(raw.values)
+        reading, sign, changes = _reading_of(raw.values, decimal)
     if raw.kind == "time" or reading in ("ymd", "mdy", "dmy"):
         return _fit_time(ColumnCode(name, source, "time", reading), raw, changes)
     if raw.kind == "category" or (raw.kind == "text" and not reading):
@@ -406,7 +407,7 @@ def _texts(raw: RawColumn) -> np.ndarray:
 # --- texts ---
 
 
-def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
+def _reading_of(texts: np.ndarray, decimal: str) -> tuple[str, str, tuple[str, ...]]:
     """Returns how to read texts as numbers or times ("" for categories), the sign of amounts or "", and notes.
 
     All texts must be numbers or dates of one form, except "None". If they are amounts, all must have the same sign. Up
@@ -420,7 +421,8 @@ def _reading_of(texts: np.ndarray) -> tuple[str, str, tuple[str, ...]]:
     sample = list(counts)[:_SAMPLE_SIZE]
     sign = common_sign(sample)
     best, most = "", 0
-    for reading in likely_readings(sign, counts) if sign else READINGS:
+    plain = ("number", "decimal_comma", *READINGS) if decimal == "," else READINGS
+    for reading in likely_readings(sign, counts) if sign else plain:
         read = _reader(reading, sign)
         # Reading all texts takes long, so a reading must first succeed for half of a sample.
         if sum(read(text) is not None for text in sample) < 0.5 * len(sample):

@@ -179,7 +179,12 @@ class TableEncoder(NamedTuple):
 
 
 def fit_encoder(
-    frame: Any, *, max_levels: int = 30, drop: Sequence[str | int] = (), keep: Sequence[str | int] = ()
+    frame: Any,
+    *,
+    max_levels: int = 30,
+    drop: Sequence[str | int] = (),
+    keep: Sequence[str | int] = (),
+    decimal: str = ".",
 ) -> TableEncoder:
     """Fits an encoder that turns the columns of a table into numbers. It does not use a target.
 
@@ -216,6 +221,8 @@ def fit_encoder(
       max_levels: categorical columns with more levels are marked in `high_cardinality`; the codes are the same.
       drop: names or positions of columns to drop.
       keep: names or positions of columns that are kept if they look like ids, unless they are texts.
+      decimal: "." or ",". With ",", texts like 1,065 are 1.065 if all numbers of the column can be read so. Amounts are
+        read as described above in any case.
 
     Returns:
       A `TableEncoder`. It may have no columns (d = 0). Its `notes` have every column that was dropped or changed.
@@ -223,7 +230,7 @@ def fit_encoder(
     Raises:
       TypeError: if `frame` is sparse or not a table.
       ValueError: if it is not two-dimensional, is empty, or has complex numbers.
-      ValueError: if `drop` or `keep` has an unknown column.
+      ValueError: if `drop` or `keep` has an unknown column, or `decimal` is neither "." nor ",".
 
     >>> encoder = fit_encoder(
     ...     {"size": ["1,065", "870", None], "color": ["red", "blue", "red"]}
@@ -234,6 +241,8 @@ def fit_encoder(
     array([[1.5, 0. ],
            [2. , 1. ]])
     """
+    if decimal not in (".", ","):
+        raise ValueError(f'`decimal` is "." or ","; got {decimal!r}.')
     table = read_frame(frame)
     dropped, kept = (positions(name, chosen, table) for name, chosen in (("drop", drop), ("keep", keep)))
     codes: list[ColumnCode] = []
@@ -243,7 +252,7 @@ def fit_encoder(
         if j in dropped:
             notes.append(ColumnNote(name, "dropped", "is not used as a feature"))
             continue
-        fit = fit_column(name, j, read_values(table.columns[j]), keep=j in kept)
+        fit = fit_column(name, j, read_values(table.columns[j]), keep=j in kept, decimal=decimal)
         twin = _twin(fit, first, table.num_rows)
         if twin is not None:
             fit = fit._replace(code=None, drop=f"is a copy of the column {twin!r}")

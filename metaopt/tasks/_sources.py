@@ -13,11 +13,13 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from metaopt import _extras, _files
-from metaopt.tasks._columns import MISSING, Column, as_float32, code, counts_rows, level_order, number, read_column
+from metaopt import _extras, _files, _logs
+from metaopt.tasks._columns import MISSING, as_float32, code, level_order, number
+from metaopt.tasks._encoder import fit_encoder
 from metaopt.tasks._tables import Table, family_name, join_families
 
 _log = logging.getLogger(__name__)
@@ -215,25 +217,13 @@ def from_csv_folder(
     first line), and may be quoted. These fields are missing: blank, ?, NA, na, N/A, n/a, #N/A, <NA>, NaN, nan, NAN,
     null, NULL and <null>. The text "None" is a class, or a level of a categorical column; among numbers it is missing.
 
-    A column is numeric if all of its values are one of these:
+    `fit_encoder` encodes the columns: numbers, amounts, dates and categories. Its docstring says how, and which columns
+    are dropped. If semicolons separate the fields, the comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is
+    1065.5. Otherwise it separates thousands if all numbers can be read so: 1,065 and 1,065.50 are 1065 and 1065.5.
 
-    - numbers: 3, -.5, 1e3;
-    - numbers with thousands separators: 1,065 and 1,065.50 are 1065 and 1065.5. If semicolons separate the fields, the
-      comma is the decimal mark: 1,065 is 1.065, and 1.065,50 is 1065.5;
-    - dates, which become days since 1970, with fractions if there are times: 2020-12-31, 2020/12/31 10:00,
-      2020-12-31T10:00:00Z, 31/12/2020, 12-31-2020, 31.12.2020. Day and month have one order in the whole column. If
-      both orders are possible, the month is first; if dots separate, the day is first.
-
-    Otherwise it is categorical, coded in the order of the sorted strings. If float32 cannot represent different whole
-    numbers as different, the smallest number is subtracted from all of them. If that does not help and the numbers
-    repeat, they are categories.
-
-    Constant columns, row numbers and strings that never repeat are dropped. A column of whole numbers that looks like a
-    shuffled id stays, with a warning, and so do strings that hardly repeat. Whole numbers in a range that is wide for
-    the number of rows, such as 50 ids between 1 and 1000, look like a measurement and give no warning. The family
-    follows from the file's name: its lower-case form with hyphens, or a known alias of it. Files with rows in common
-    have the family of the first of them. Their rows or columns may be in another order, and their columns may be
-    renamed.
+    The family follows from the file's name: its lower-case form with hyphens, or a known alias of it. Files with rows
+    in common have the family of the first of them. Their rows or columns may be in another order, and their columns may
+    be renamed.
 
     Args:
       folder: where the files are.
@@ -290,34 +280,30 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
     if len(kept) < min_rows:
         last = kept_lines[-1] if kept else 1
         raise ValueError(f"line {last}: the file ends after {len(kept)} usable rows, but {min_rows} are needed.")
-    decimal_comma = separator == ";"
-    labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal_comma)
-    columns: list[Column] = []
-    for j, column_name in enumerate(header):
-        if j == target_column:
-            continue
-        if counts_rows([row[j] for row in rows]):
-            _warn_of_column(file, column_name, "numbers the rows and is dropped")
-            continue
-        texts = [rows[i][j] for i in kept]
-        column = read_column(column_name, texts, kept_lines, decimal_comma=decimal_comma)
-        for note in column.notes:
-            _warn_of_column(file, column_name, note)
-        num_values = len(np.unique(column.values))  # NaN is one of them
-        if num_values < 2:
-            _warn_of_column(file, column_name, "is constant and dropped")
-        elif column.categorical and num_values == len(kept):
-            _warn_of_column(file, column_name, "is dropped, because it is text and no value repeats")
-        else:
-            columns.append(column)
+    decimal = "," if separator == ";" else "."
+    labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal)
+    columns = {name: _values([rows[i][j] for i in kept]) for j, name in enumerate(header) if j != target_column}
     if not columns:
+        raise ValueError("line 1: the target is the only column.")
+    with _logs.hold_back(logging.INFO) as messages:
+        encoder = fit_encoder(columns, decimal=decimal)
+        x = encoder.transform(columns).astype(np.float32)
+    for message in messages:
+        _log.warning("%s: %s", file.name, message)
+    if not x.shape[1]:
         raise ValueError("line 1: the target is the only usable column.")
     name = re.sub(r"\.csv(\.gz)?$", "", file.name, flags=re.IGNORECASE)
-    return _table(name, family_name(name), columns, labels, file.name)
+    return _table(name, family_name(name), x, encoder.categorical, labels, file.name)
 
 
-def _warn_of_column(file: Path, column: str, note: str) -> None:
-    _log.warning("%s: the column %r %s", file.name, column, note)
+def _values(texts: list[str]) -> list[Any]:
+    """Numbers, and None where missing, if all other texts are numbers as they are; otherwise the texts."""
+    values = [None if text in MISSING else number(text) for text in texts]
+    return (
+        values
+        if all((text in MISSING) == (value is None) for text, value in zip(texts, values, strict=True))
+        else texts
+    )
 
 
 def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str]:
@@ -355,9 +341,9 @@ def _read_fields(file: Path) -> tuple[list[str], list[list[str]], list[int], str
     return header, rows, lines, separator
 
 
-def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: int, decimal_comma: bool) -> list[str]:
+def _class_labels(texts: list[str], lines: list[int], target: str, max_classes: int, decimal: str) -> list[str]:
     """The classes as strings: equal numbers are one class, and whole ones are exact. Rejects regression targets."""
-    dotted = [text.replace(",", ".") for text in texts] if decimal_comma else texts
+    dotted = [text.replace(",", ".") for text in texts] if decimal == "," else texts
     numbers = [number(text) for text in dotted]
     if all(value is not None for value in numbers):
         for text, line, value in zip(texts, lines, numbers, strict=True):
@@ -404,21 +390,20 @@ def _from_columns(
             values = code(present, rows, len(texts))
         else:
             values = np.full(len(texts), np.nan, np.float32)
-            values[rows] = as_float32(numbers)[0]
+            values[rows] = as_float32(numbers)
         if levels > 1 or (levels and len(rows) < len(texts)):
-            kept.append(Column(values, categorical, ()))
+            kept.append((values, categorical))
     if not kept:
         raise ValueError("no column varies")
-    return _table(name, family, kept, target, source)
+    x, are_categorical = (np.stack(part, axis=-1) for part in zip(*kept, strict=True))
+    return _table(name, family, x, are_categorical, target, source)
 
 
-def _table(name: str, family: str, columns: Sequence[Column], labels: list[str], source: str) -> Table:
+def _table(name: str, family: str, x: np.ndarray, categorical: np.ndarray, labels: list[str], source: str) -> Table:
     """Makes a table. Classes are sorted: numbers first, by their values, then words."""
     classes = sorted(set(labels), key=level_order)
     if len(classes) < 2:
         raise ValueError("the target has only one class")
     index = {c: i for i, c in enumerate(classes)}
-    x = np.stack([column.values for column in columns], axis=1)
-    categorical = np.array([column.categorical for column in columns])
     y = np.array([index[label] for label in labels], np.int32)
     return Table(name, family, x, y, categorical, tuple(classes), source)

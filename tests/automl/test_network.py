@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from metaopt import automl, hypergrad, inner, spaces, tasks
+from metaopt.automl import _network_folds
 from metaopt.tasks import TaskShape
 
 
@@ -152,3 +153,32 @@ def test_each_part_of_the_initialization_has_its_own_numbers(task):
     rows = [*params["hidden"], params["bias"], *params["output"].reshape(512, -1).T]
     correlations = np.corrcoef(rows)[np.triu_indices(len(rows), 1)]
     assert np.abs(correlations).max() < 0.2  # of 512 numbers, the standard error is 0.044
+
+
+def test_hypergradient_steps_lower_the_validation_loss_of_the_network_with_all_folds():
+    folds = [_network_folds.FoldRows(*rows) for rows in zip(*_rows_of_folds(), strict=True)]
+    train = [_joined([*folds[:i], *folds[i + 1 :]]) for i in range(3)]
+    data = _network_folds.NetworkData(
+        train, [rows.y for rows in train], folds, [rows.y for rows in folds], 2, [np.arange(2)] * 3, 0
+    )
+    space = automl.tabular_network().space
+    poor = {"hidden_scale": 0.3, "linear_scale": 0.3}
+    start = {name: np.float32(value * poor.get(name, 1)) for name, value in spaces.default(space).items()}
+    losses = []
+    for settings in ({"draw": 0}, {"num_refined": 2}):
+        results = _network_folds.fit_folds(data, start, settings, None)
+        p = [result.predicted[np.arange(30), rows.y] for result, rows in zip(results, folds, strict=True)]
+        losses.append(-np.log(np.concatenate(p)).mean())
+    assert losses[1] < 0.95 * losses[0]
+
+
+def _rows_of_folds():
+    """Rows of a noisy problem with two classes: x, y and weights of 3 folds."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 30, 4)).astype(np.float32)
+    y = (x[..., 0] - x[..., 1] * x[..., 2] + rng.normal(size=(3, 30)) > 0).astype(np.int32)
+    return x, y, np.ones((3, 30))
+
+
+def _joined(folds):
+    return _network_folds.FoldRows(*(np.concatenate(part) for part in zip(*folds, strict=True)))

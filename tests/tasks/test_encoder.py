@@ -263,6 +263,18 @@ def test_dates_whose_order_is_unknown_are_noted(caplog):
     np.testing.assert_array_equal(x[:, 1], [12, 3])
 
 
+def test_the_decimal_mark_decides_between_readings():
+    columns = {"either": ["1,065", "2,310", "7"], "no": ["1,065,000", "2,310", "7"], "plain": ["1.065", "2,5", "7"]}
+    _, x = fitted(columns)
+    np.testing.assert_array_equal(x[:, 0], [1065, 2310, 7])
+    encoder = tasks.fit_encoder(columns, decimal=",")
+    expected = [[1.065, 1_065_000, 1065], [2.31, 2310, 2.5], [7, 7, 7]]
+    np.testing.assert_array_equal(encoder.transform(columns), expected)
+    np.testing.assert_array_equal(encoder.transform(dict.fromkeys(columns, ["0,500"]))[:, [0, 2]], [[0.5, 0.5]])
+    with pytest.raises(ValueError, match='`decimal` is "." or ","; got \';\''):
+        tasks.fit_encoder(columns, decimal=";")
+
+
 def test_none_is_a_level_and_markers_are_missing():
     encoder, x = fitted(a=["None", "NA", "b", "?", None, "None", "b", "", "none"])
     assert encoder.levels == (("None", "b", "(other)"),)
