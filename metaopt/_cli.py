@@ -56,12 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "metaopt",
-        description="Models for tables, with learned hyperparameters.",
-        epilog=_EXAMPLES,
-        formatter_class=layout,
-    )
+    purpose = "Models for tables, with learned hyperparameters."
+    parser = argparse.ArgumentParser("metaopt", description=purpose, epilog=_EXAMPLES, formatter_class=layout)
     commands = parser.add_subparsers(required=True, metavar="command")
     columns: Any = {"nargs": "+", "action": "extend", "metavar": "COLUMN", "default": []}
 
@@ -124,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="show versions and devices, and check a gradient on this machine")
     doctor.set_defaults(run=_doctor)
+    for name, command in commands.choices.items():
+        lines = [line for line in _EXAMPLES.splitlines() if f"metaopt {name}" in line]
+        command.epilog, command.formatter_class = "\n".join(["examples:", *lines]), layout
     return parser
 
 

@@ -98,7 +98,9 @@ def test_instant_runs_with_its_limit_without_or_with_the_programs_of_the_same_ta
 
     monkeypatch.setattr(tables, "auto", auto)
     monkeypatch.setattr(jax, "clear_caches", lambda: num_cleared.append(1))
-    args = SimpleNamespace(ablations=False, instant=True, long=False, peers=None, time=60.0, longer=None, keep=None, seed=0)
+    args = SimpleNamespace(
+        ablations=False, instant=True, long=False, peers=None, time=60.0, longer=None, keep=None, seed=0
+    )
     split = tables.Split(table_of(np.arange(8) % 2), True, np.arange(4), np.arange(4, 8))
     chosen = {name: method for name, method in tables.methods(args).items() if "instant" in name or "class" in name}
     try:

@@ -81,6 +81,11 @@ def test_help_shows_examples(capsys):
     out = capsys.readouterr().out
     assert end.value.code == 0 and "metaopt fit train.csv --target price" in out
     assert "metaopt score model.npz labeled.csv --groups patient --importance" in out
+    for command in ("fit", "predict", "score", "leaderboard", "doctor"):
+        with pytest.raises(SystemExit):
+            _cli.main([command, "--help"])
+        examples = capsys.readouterr().out.partition("examples:\n")[2].splitlines()
+        assert examples and all(line.startswith(f"  metaopt {command}") for line in examples)
 
 
 def test_help_states_which_columns_are_not_features(capsys):

@@ -70,6 +70,7 @@ def test_docstrings_become_restructured_text(text, expected):
     assert converted(text) == expected
 
 
+@pytest.mark.slow  # needs the extra `docs`
 def test_the_gallery_has_a_card_for_each_row_of_the_experiments():
     pytest.importorskip("myst_nb")
     text = (ROOT / "experiments" / "README.md").read_text()
