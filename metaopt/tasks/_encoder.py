@@ -22,6 +22,7 @@ _log = _logs.Log(logging.getLogger(__name__))
 ACTIONS = ("dropped", "changed")
 _MOSTLY_MISSING = 0.9  # a column with a larger share of gaps in `fit_encoder` may be empty in new rows
 _SURPRISING = 1e-3
+_FAR = 20  # a value that is so many times the largest of `fit_encoder` probably has another unit or decimal mark
 _FEW_OUTSIDE = 9  # up to this many numbers outside the range of `fit_encoder`, there is no warning
 
 
@@ -96,7 +97,8 @@ class TableEncoder(NamedTuple):
         minimum ½ is there because the rows of a small table may be alike.
 
         The last warning names a column of numbers if more than half of its known values, and at least 10, lie outside
-        the range in the rows of `fit_encoder`. The unit may have changed.
+        the range in the rows of `fit_encoder`, or if one value is more than 20 times as large as all of them. The unit
+        or the decimal mark may have changed.
 
         Args:
           frame: a frame of any type that `fit_encoder` takes.
@@ -282,18 +284,19 @@ def _warn_of_range(code: ColumnCode, values: np.ndarray, unit: str) -> None:
     largest = max(abs(code.low + code.offset), abs(code.high + code.offset))
     rounding = float(np.finfo(np.float32).eps) / 2 * largest
     outside = np.flatnonzero((values < code.low - rounding) | (values > code.high + rounding))  # a gap is neither
+    far = np.flatnonzero(np.abs(values + code.offset) > _FAR * largest)
     num_known = int((~np.isnan(values)).sum())
-    if len(outside) > max(_FEW_OUTSIDE, num_known / 2):
+    if len(far) or len(outside) > max(_FEW_OUTSIDE, num_known / 2):
         _log.warning(
             "the column %r has %d of %d values outside the range in the rows of `fit`, %.12g to %.12g%s "
-            "(such as %.12g%s); has its unit changed?",
+            "(such as %.12g%s); has its unit or decimal mark changed?",
             code.name,
             len(outside),
             num_known,
             code.low + code.offset,
             code.high + code.offset,
             f" {code.unit}" if code.unit else "",
-            values[outside[0]] + code.offset,
+            values[[*far, *outside][0]] + code.offset,
             f" {unit}" if unit else "",
         )
 

@@ -210,6 +210,7 @@ def from_csv_folder(
     *,
     min_rows: int = 50,
     max_classes: int = 100,
+    drop: Sequence[str] = (),
 ) -> list[Table]:
     """Reads every `*.csv` and `*.csv.gz` of a folder as a classification table.
 
@@ -231,6 +232,7 @@ def from_csv_folder(
       min_rows: files with fewer usable rows are left out; at least 2.
       max_classes: files with more classes are left out. If a target has numbers that are not whole, it may take 20
         values at most.
+      drop: names of columns to leave out, such as ids; a file need not have them.
 
     Returns:
       One table per usable file, sorted by file name. The log reports every file, row or column that was left out, and
@@ -255,16 +257,17 @@ def from_csv_folder(
     tables, reasons = [], []
     for file in files:
         try:
-            tables.append(_read_csv(file, target, min_rows, max_classes))
+            tables.append(_read_csv(file, target, min_rows, max_classes, set(drop)))
         except (ValueError, OSError, EOFError, csv.Error, zlib.error) as error:
-            reasons.append(f"{file.name}: {error}")
-            _log.warning("%s is left out: %s", file.name, error)
+            reasons.append(f"{file.name} is left out: {error}")
     if not tables:
         raise ValueError("no file could be used.\n" + "\n".join(reasons))
+    for reason in reasons:
+        _log.warning("%s", reason)
     return join_families(tables)
 
 
-def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table:
+def _read_csv(file: Path, target: str, min_rows: int, max_classes: int, drop: set[str]) -> Table:
     header, rows, lines, separator = _read_fields(file)
     if target not in header:
         raise ValueError(
@@ -282,7 +285,8 @@ def _read_csv(file: Path, target: str, min_rows: int, max_classes: int) -> Table
         raise ValueError(f"line {last}: the file ends after {len(kept)} usable rows, but {min_rows} are needed.")
     decimal = "," if separator == ";" else "."
     labels = _class_labels([rows[i][target_column] for i in kept], kept_lines, target, max_classes, decimal)
-    columns = {name: _values([rows[i][j] for i in kept]) for j, name in enumerate(header) if j != target_column}
+    used = [j for j, name in enumerate(header) if j != target_column and name not in drop]
+    columns = {header[j]: _values([rows[i][j] for i in kept]) for j in used}
     if not columns:
         raise ValueError("line 1: the target is the only column.")
     with _logs.hold_back(logging.INFO) as messages:

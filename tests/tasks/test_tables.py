@@ -110,6 +110,12 @@ def test_csv_columns(tmp_path, caplog):
         assert f"my_data.csv: the column {note}" in caplog.text
 
 
+def test_columns_of_csv_files_are_left_out_by_name(tmp_path):
+    (tmp_path / "a.csv").write_text(GOOD)
+    (one,) = tasks.from_csv_folder(tmp_path, "kind", drop=("color", "not there"))
+    assert one.x.shape == (60, 1) and not one.categorical.any()
+
+
 def test_csv_columns_of_two_values_are_kept(tmp_path):
     rows = "".join(f"{i % 2},{('off', 'on')[i // 2 % 2]},{i % 3}\n" for i in range(60))
     (tmp_path / "a.csv").write_text("bit,switch,kind\n" + rows)
@@ -159,7 +165,7 @@ def test_a_bad_csv_is_named_and_the_rest_goes_on(name, tmp_path, caplog):
     content, reason = BAD[name]
     file = name if "." in name else f"{name}.csv"
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"{file}: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"{file} is left out: .*{reason}"):
         tasks.from_csv_folder(tmp_path, "kind")
     (tmp_path / "good.csv").write_text(GOOD)
     with caplog.at_level(logging.WARNING):
