@@ -119,6 +119,10 @@ from metaopt.nas.benchmarks._tables import (
 from metaopt.nas.search._cell_searcher import (
     CellSearcher,
 )
+from metaopt.nas.search._conv_nets import (
+    ConvNets,
+    conv_nets,
+)
 from metaopt.nas.search._darts import (
     beta_darts,
     darts,
@@ -177,6 +181,7 @@ __all__ = [
     "Benchmark",
     "Cell",
     "CellSearcher",
+    "ConvNets",
     "CostTable",
     "CostTerm",
     "DARTS_OPS",
@@ -206,6 +211,7 @@ __all__ = [
     "complete_cell",
     "configuration_space",
     "conv_net_space",
+    "conv_nets",
     "convolution",
     "convolve",
     "cost_table",
