@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from metaopt import _logs
+from metaopt import _doctor, _logs
 
 _EXAMPLES = """examples:
   metaopt fit train.csv --target price --time 60 --out model.npz
@@ -27,8 +27,6 @@ exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor
 """
 
 _MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
-_AUTOML_PACKAGES = ("scikit-learn", "pandas", "joblib", "cloudpickle", "skops", "lightgbm", "xgboost")
-_MISSING = "is not installed"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     leaderboard.set_defaults(run=_leaderboard)
 
     doctor = commands.add_parser("doctor", help="show versions and devices, and check a gradient on this machine")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=lambda _: _doctor.doctor())
     for name, command in commands.choices.items():
         lines = [line for line in _EXAMPLES.splitlines() if f"metaopt {name}" in line]
         command.epilog, command.formatter_class = "\n".join(["examples:", *lines]), layout
@@ -167,11 +165,16 @@ def _fit(options: argparse.Namespace) -> int:
         models=None if options.models is None else tuple(options.models),
         random_state=options.seed,
     )
+    model._decimal = frame.attrs["decimal"]
     extra = {"groups": options.groups, "time": options.order}
     model.fit(features, target, **{name: frame[column] for name, column in extra.items() if column})
     model.target_encoder_ = target_encoder
     _saving.save(options.out, model)
     print(f"{problem} of {options.target!r} from {model.n_features_in_} columns and {len(frame)} rows")
+    if problem == "classification":
+        counts = target.value_counts()
+        shown = ", ".join(f"{label} {count}" for label, count in counts.head(_MOST_CLASSES).items())
+        print(f"rows of each class: {shown}{', ...' if len(counts) > _MOST_CLASSES else ''}")
     _print_models(model, report=True)
     print(f"written to {options.out}")
     return 0
@@ -294,50 +297,6 @@ def _print_models(model: Any, *, report: bool) -> None:
     print(f"{value}\nscore: {model._score_name()}, out of fold; larger is better")
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    import platform
-
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from metaopt import base, hypergrad, inner
-
-    del options
-    print(f"Python {platform.python_version()}")
-    for package in ("metaopt-jax", "jax", "jaxlib", "flax", "optax", "numpy"):
-        print(package, _version(package))
-    for package in (*_AUTOML_PACKAGES, "catboost"):
-        version, extra = _version(package), "catboost" if package == "catboost" else "automl"
-        print(package, f'{version}; the extra "{extra}" installs it' if version == _MISSING else version)
-    names = [dict.fromkeys((device.platform, device.device_kind)) for device in jax.devices()]  # "cpu" is both
-    print("devices:", ", ".join(map(" ".join, names)))
-
-    def loss(params, hyperparams, batch):
-        x, y = batch
-        return jnp.mean((x @ params - y) ** 2) + jnp.exp(hyperparams["log_decay"]) * jnp.sum(params**2)
-
-    x = jax.random.normal(jax.random.key(0), (32, 4))
-    task = base.Task((x[:16], x[:16].sum(1)), (x[16:], x[16:].sum(1) + 0.1))
-    loop = inner.loop(loss, lambda hyperparams: optax.sgd(0.1), init=lambda *_: jnp.zeros(4))
-    problem = inner.problem(loop, lambda params, hyperparams, batch: jnp.mean((batch[0] @ params - batch[1]) ** 2))
-    check = hypergrad.check(hypergrad.unrolled(problem, num_steps=20), {"log_decay": jnp.float32(-2.0)}, task)
-    print(check)
-    return 0 if check.passed else 3
-
-
-def _version(package: str) -> str:
-    """The installed version of a package. The module `xgboost` comes with the package xgboost or xgboost-cpu."""
-    import importlib.metadata
-
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return _MISSING
-
-
 def _require_packages() -> Any:
     """Returns pandas. Raises ImportError, naming the extra, if it or scikit-learn is not installed."""
     from metaopt import _extras
@@ -398,7 +357,8 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
 
     The delimiter is one of ";", tab, "|" and ",". A delimiter that splits the header into several fields is preferred.
     Among these, one is preferred that gives the next lines as many fields as the header, and then the one that gives
-    the header most fields. The columns of `texts` are not read as numbers.
+    the header most fields. The columns of `texts` are not read as numbers. If semicolons separate the fields, the comma
+    is the decimal mark of numbers that can be read with either; `attrs` of the result says so.
     """
     pandas = _require_packages()
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -411,11 +371,15 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
     options |= {"low_memory": False, "dtype": dict.fromkeys(texts, str), "skiprows": num_blank}
     try:
         # In a file with one column, a blank line is a row with a gap.
-        return pandas.read_csv(path, skip_blank_lines=fit_by_delimiter[separator][0], **options)
+        frame = pandas.read_csv(path, skip_blank_lines=fit_by_delimiter[separator][0], **options)
     except UnicodeDecodeError as error:
+        if path.suffix.startswith(".xls"):
+            raise ValueError(f"{path} is an Excel file: save it there as 'CSV UTF-8'.") from error
         raise ValueError(f"{path} is not in UTF-8: save it as UTF-8 ({error}).") from error
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
+    frame.attrs["decimal"] = "," if separator == ";" else "."  # of numbers such as 1,065
+    return frame
 
 
 def _fit_of_delimiter(lines: Sequence[str], delimiter: str) -> tuple[bool, bool, int, int]:
@@ -459,7 +423,8 @@ def _numbers(target: Any, encoder: Any = None) -> tuple[Any, Any]:
     if target.dtype.kind in "biuf":
         return target, None
     with _logs.hold_back():  # `_print_a_reading` prints how texts are read
-        encoder = encoder or tasks.fit_encoder({"target": target}, keep=("target",))
+        decimal = target.attrs.get("decimal", ".")
+        encoder = encoder or tasks.fit_encoder({"target": target}, keep=("target",), decimal=decimal)
         if [code.kind for code in encoder.columns] != ["number"]:
             return target, None
         shifted = encoder.transform({"target": target})[:, 0]

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from sklearn import datasets, linear_model
 
-from metaopt import _cli
+import metaopt
+from metaopt import _cli, _doctor
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,11 @@ def test_the_doctor_finds_a_package_under_its_other_name(monkeypatch):
         return versions[name]
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert [_cli._version(name) for name in ("jax", "xgboost", "numpy")] == ["0.10", "3.2", "is not installed"]
+    assert [_doctor.installed_version(name) for name in ("jax", "xgboost", "numpy")] == [
+        "0.10",
+        "3.2",
+        "is not installed",
+    ]
 
 
 def test_the_doctor_checks_a_gradient_on_this_machine(capsys):
@@ -480,6 +485,26 @@ def test_scores_have_a_metric_a_unit_and_the_models_that_are_missing(shop, capsy
     assert "score: minus rmse, in standard deviations of the target, out of fold; larger is better" in out
     assert f"; rmse {-model.score_ * shop[1]['y'].std(ddof=0):.4g} in units of the target" in out
     assert "not fitted (network: would take longer than the time left; " in out and "network" in model.not_fitted_
+
+
+def test_commas_of_a_file_with_semicolons_are_decimal_marks(tmp_path, capsys):
+    rows = "".join(f"{1 + i % 7},{i:03d};{2 + i % 5},{7 * i:03d};{'ab'[i % 2]}\n" for i in range(60))
+    (tmp_path / "train.csv").write_text(f"weight;price;y\n{rows}")
+    out = tmp_path / "m.npz"
+    options = ("--out", out, "--models", "linear", "--preset", "instant")
+    assert _run("fit", tmp_path / "train.csv", "--target", "y", *options) == 0
+    assert "rows of each class: a 30, b 30" in capsys.readouterr().out
+    weight = metaopt.load(out).encoder_.columns[0]
+    assert weight.name == "weight" and weight.high == 7.055
+    assert _run("fit", tmp_path / "train.csv", "--target", "price", *options) == 0
+    printed = capsys.readouterr()
+    assert "is read as 2" in printed.err and "is read as 2000" not in printed.err
+
+
+def test_an_excel_file_is_named(tmp_path, capsys):
+    (tmp_path / "train.xlsx").write_bytes(b"PK\x03\x04\x14\x8e\xff")
+    assert _run("fit", tmp_path / "train.xlsx", "--target", "y", "--out", tmp_path / "m.npz") == 1
+    assert "is an Excel file: save it there as 'CSV UTF-8'" in capsys.readouterr().err
 
 
 def test_a_file_in_latin_1_is_named(tmp_path, capsys):

@@ -68,6 +68,8 @@ def warn_of_other_order(X, **values) -> None:
 def target(y, num_rows: int) -> np.ndarray:
     if y is None:
         raise ValueError("This estimator requires y to be passed, but the target y is None.")
+    if isinstance(y, str):
+        raise ValueError(f"`y` must be the values of the target, and not its name: `y = frame.pop({y!r})`.")
     y = column_or_1d(y, warn=True)
     if len(y) != num_rows:
         raise ValueError(f"Found input variables with inconsistent numbers of samples: [{num_rows}, {len(y)}]")
@@ -110,11 +112,12 @@ def _group_order(group: Any) -> tuple[str, bool]:
 
 def times(values, num_rows: int) -> np.ndarray:
     """Times as ranks: only their order is used. Texts are read as numbers or dates, since "10" < "9" as texts."""
+    name = str(getattr(values, "name", None) or "time")
     values = _one_per_row(values, num_rows, "time")
     if values.dtype.kind in "OSTU" and (values != values[0]).any():
-        encoder = tasks.fit_encoder({"time": values}, keep=("time",))
+        encoder = tasks.fit_encoder({name: values}, keep=(name,))
         is_read = [code.kind for code in encoder.columns] in (["number"], ["time"])
-        values = encoder.transform({"time": values})[:, 0] if is_read else np.full(num_rows, np.nan)
+        values = encoder.transform({name: values})[:, 0] if is_read else np.full(num_rows, np.nan)
         if np.isnan(values).any():
             raise ValueError("`time` must be numbers or dates; some of its values cannot be read as such.")
     return np.unique(values, return_inverse=True)[1].astype(np.float64)

@@ -1,5 +1,6 @@
 """Shared parts of the scikit-learn estimators for tables: reading a table, and a part of their files."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,14 @@ from sklearn.utils.validation import validate_data
 from metaopt import tasks
 from metaopt.automl import _arguments
 
+_log = logging.getLogger(__name__)
+
 
 class TableEstimator(BaseEstimator):
     """An estimator for tables with gaps, categories and texts, which its encoder turns into numbers."""
 
     encoder_: tasks.TableEncoder
+    _decimal = "."  # the decimal mark of texts that can be read with either mark
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -28,7 +32,13 @@ class TableEstimator(BaseEstimator):
         """Fits the encoder to a table, and returns [n, d] numbers."""
         X = as_frame(X)
         validate_data(self, X, skip_check_array=True)
-        self.encoder_ = tasks.fit_encoder(X)
+        self.encoder_ = tasks.fit_encoder(X, decimal=self._decimal)
+        if not self.encoder_.columns:
+            _log.warning(
+                "No column can be used as a feature, so all predictions are equal. The columns are %s. If the table "
+                "comes from a file, was it read with the right delimiter, such as `pandas.read_csv(file, sep=';')`?",
+                ", ".join(map(repr, self.encoder_.input_names[:5])),
+            )
         self.n_features_in_ = len(self.encoder_.input_names)
         return self.encoder_.transform(X)
 

@@ -15,21 +15,17 @@ from metaopt.tasks._amounts import (
     describe_unusual,
     likely_readings,
     look_like_labels,
-    number_with_multiple,
-    with_minus,
     without_sign,
 )
 from metaopt.tasks._columns import (
     AMBIGUOUS,
     FLOAT32_MAX,
-    date_in_microseconds,
     have_dots,
     level_order,
     looks_like_id,
-    number,
-    number_with_separators,
 )
 from metaopt.tasks._frames import RawColumn, as_text
+from metaopt.tasks._readings import DESCRIPTIONS, FORMS, READINGS
 
 OTHER = "(other)"
 KINDS = ("number", "boolean", "time", "category")
@@ -41,36 +37,6 @@ _SAMPLE_SIZE = 50  # different texts of a column on which a reading is tried fir
 _MERGED = "which float32 rounds to"
 _ID_NAME = re.compile(r"(^|[^a-z])(id|uuid|guid|key|idx|index|number|nr)$|^id[^a-z]", re.IGNORECASE)
 _CAMEL_ID = re.compile(r"[a-z](Id|ID)$")
-
-# Functions that read a text as a number or a time, the preferred one first. `_DESCRIPTIONS` describes them in notes.
-READINGS: dict[str, Callable[[str], int | float | None]] = {
-    "number": lambda text: number(with_minus(text)),
-    "thousands": lambda text: number_with_separators(with_minus(text), "."),
-    "decimal_comma": lambda text: number_with_separators(with_minus(text), ","),
-    "ymd": lambda text: date_in_microseconds(text, "ymd"),
-    "mdy": lambda text: date_in_microseconds(text, "mdy"),
-    "dmy": lambda text: date_in_microseconds(text, "dmy"),
-    "multiples": lambda text: number_with_multiple(with_minus(text)),
-}
-_DESCRIPTIONS = {
-    "number": "is text that holds numbers",
-    "thousands": "is text that holds numbers with thousands separators",
-    "decimal_comma": "is text that holds numbers with decimal commas",
-    "ymd": "is text that holds dates, read as year-month-day",
-    "mdy": "is text that holds dates, read as month-day-year",
-    "dmy": "is text that holds dates, read as day-month-year",
-    "multiples": "is text that holds numbers, some with k for thousands or M for millions",
-}
-
-_FORMS = {
-    "number": "numbers",
-    "thousands": "numbers, possibly with thousands separators",
-    "decimal_comma": "numbers with decimal commas",
-    "ymd": "dates in the order year-month-day",
-    "mdy": "dates in the order month-day-year",
-    "dmy": "dates in the order day-month-year",
-    "multiples": "numbers, possibly with k or M",
-}
 
 
 class Unread(NamedTuple):
@@ -174,7 +140,7 @@ def apply_code(code: ColumnCode, raw: RawColumn) -> tuple[np.ndarray, Unread]:
       For a category, it has the values that are not levels, if there are at least 5 of them and more than a tenth of
       all values. If these values become "(other)", it has them only if no value is a level.
     """
-    form = _FORMS[code.reading] if code.reading else "categories" if code.kind == "category" else f"{code.kind}s"
+    form = FORMS[code.reading] if code.reading else "categories" if code.kind == "category" else f"{code.kind}s"
     form += f" next to the sign {code.sign!r}" if code.sign else ""
     if raw.kind == "unreadable":
         block = np.full((len(raw.values), max(1, len(code.parts))), np.nan)
@@ -232,7 +198,7 @@ def _fit_number(code: ColumnCode, raw: RawColumn, changes: tuple[str, ...], keep
     reason, surely = ("", False) if code.sign else _id_reason(code.name, present, len(values))
     if surely and not keep:
         return _dropped(reason, warns=True)
-    doubts = (f"{reason}, but stays",) if reason else ()
+    doubts = (f"{reason}, but stays; drop it unless it is a measurement",) if reason else ()
     changes += doubts
     offset, notes = _offset(present)
     changes += notes
@@ -421,7 +387,7 @@ def _reading_of(texts: np.ndarray, decimal: str) -> tuple[str, str, tuple[str, .
     sample = list(counts)[:_SAMPLE_SIZE]
     sign = common_sign(sample)
     best, most = "", 0
-    plain = ("number", "decimal_comma", *READINGS) if decimal == "," else READINGS
+    plain = ("number", "only_comma", "decimal_comma", *READINGS) if decimal == "," else READINGS
     for reading in likely_readings(sign, counts) if sign else plain:
         read = _reader(reading, sign)
         # Reading all texts takes long, so a reading must first succeed for half of a sample.
@@ -440,13 +406,20 @@ def _reading_of(texts: np.ndarray, decimal: str) -> tuple[str, str, tuple[str, .
     read = _reader(best, sign)
     words = [text for text in counts if read(text) is None]
     numbers = [text for text in counts if read(text) is not None]
-    description = _DESCRIPTIONS[best]
+    description = DESCRIPTIONS[best]
     if sign:
         description = describe(numbers, sign, read)
     elif look_like_labels(numbers, best):
         return "", "", ()
     else:
         description += describe_unusual(numbers, read)
+        if (
+            best == "thousands"
+            and UNUSUAL not in description
+            and all(READINGS["only_comma"](text) is not None for text in numbers)
+        ):
+            text = next(text for text in numbers if "," in text)
+            description += f" ({text!r} is read as {read(text)}; {UNSURE})"
     is_ambiguous = best == "mdy" and _may_have_the_day_first(numbers)
     unsure = f"; {AMBIGUOUS}: write year-month-day if the reading is wrong" * is_ambiguous
     if not words:

@@ -197,6 +197,8 @@ def fit_encoder(
     - Texts become numbers or times if all of them can be read so: 3, 1e3, 1,065.50, 2020-12-31, 31/12/2020 10:00. Dates
       with the year first may be among dates in another order, also in new rows. Up to a tenth of the rows may have
       other words, such as "unknown", if there are 20 different numbers or more.
+    - If all numbers of a text column are like 1,065, the comma separates thousands, and the log warns that it may be
+      the decimal mark. If decimal commas occur, and no 1.065 without a comma, new values like 1.065 count as missing.
     - In numbers, parentheses are a minus, as in accounting: (1,200.50). If no value is a word, 1.2k and 3M become
       numbers, too. But a column stays text if all its values are like (2), or if it has 5k or 3M and none like 1.2k,
       because such values may be labels. The log warns of parentheses without a sign of a currency or percent, and of k

@@ -37,6 +37,7 @@ REFUSALS = [
     (lambda: fit(groups=[[1, 2]]), r"`groups` must have one value for each of the 4 rows; got the shape \(1, 2\)"),
     (lambda: fit(groups="clinic"), "`groups` must have .* or be the name of a column of the frame X; got 'clinic'"),
     (lambda: fit(X=pd.DataFrame({"a": range(4)}), time="day"), "`time` must .*'day', and X has the columns a"),
+    (lambda: fit(y="kind"), r"must be the values of the target, and not its name: `y = frame.pop\('kind'\)`"),
     (lambda: fit(y=["a", "b", "c", "d"]), "No row can be validated: each of the 4 classes has one row only"),
     (lambda: fit(y=["a"] * 4), "one class, 'a'"),
     (lambda: fit(y=["a", "b", None, "a"]), "1 of 4 rows have no target"),
@@ -94,3 +95,20 @@ def test_the_error_of_a_text_target_shows_how_amounts_become_numbers():
     point, comma = re.findall("`(y.*?)`", str(error.value))
     for recipe, texts in ((point, ["$1,234.50", "-$3"]), (comma, ["1.234,50 €", "-3 €"])):
         assert eval(recipe, {"y": pd.Series(texts)}).tolist() == [1234.5, -3]
+
+
+def test_a_table_without_a_usable_column_is_reported(caplog):
+    X = pd.DataFrame({"size;color": [f"{i};red" for i in range(40)]})
+    model = automl.AutoRegressor(**QUICK).fit(X, np.arange(40.0))
+    assert len(set(model.predict(X))) == 1
+    assert (
+        "No column can be used as a feature, so all predictions are equal. The columns are 'size;color'" in caplog.text
+    )
+
+
+def test_messages_about_times_have_the_name_of_their_column(caplog):
+    days = [f"{1 + i % 12:02d}/{1 + i // 12:02d}/2020" for i in range(48)]
+    X = pd.DataFrame({"a": np.arange(48.0) ** 1.5, "Datum": days})
+    automl.AutoRegressor(**QUICK).fit(X, X["a"], time="Datum")
+    (message,) = [message for message in caplog.messages if "ambiguous" in message]
+    assert message.startswith("the column 'Datum' is changed: it is text that holds dates, read as month-day-year")

@@ -275,6 +275,29 @@ def test_the_decimal_mark_decides_between_readings():
         tasks.fit_encoder(columns, decimal=";")
 
 
+def test_commas_that_may_be_decimal_marks_are_warned_of(caplog):
+    encoder, x = fitted({"a": ["1,616", "2,310", "17"]})
+    assert reasons(encoder, "a") == [
+        (
+            "changed",
+            "is text that holds numbers with thousands separators ('1,616' is read as 1616; if this is wrong, remove "
+            "separators of thousands, and write a point as the decimal mark)",
+        )
+    ]
+    assert "'1,616' is read as 1616" in caplog.text
+    caplog.clear()
+    fitted({"a": ["1,616,000", "2,310", "17"], "b": ["1,616.5", "2,310", "17"]})
+    assert not caplog.text
+
+
+def test_a_point_is_no_separator_of_thousands_if_decimal_commas_had_none(caplog):
+    weights = [f"{i},{i:03d}" for i in range(30)]
+    encoder, _ = fitted({"a": weights, "b": [*weights[:-1], "1.234"], "c": weights[::-1]})
+    x = encoder.transform({"a": ["1.234", "1.234,5"], "b": ["1.234", "1,5"], "c": ["1,616", "7"]})
+    np.testing.assert_array_equal(x, [[np.nan, 1234, 1.616], [1234.5, 1.5, 7]])
+    assert "the column 'a' has 1 of 2 values that are not numbers with decimal commas" in caplog.text
+
+
 def test_none_is_a_level_and_markers_are_missing():
     encoder, x = fitted(a=["None", "NA", "b", "?", None, "None", "b", "", "none"])
     assert encoder.levels == (("None", "b", "(other)"),)
@@ -374,7 +397,11 @@ def test_ids_are_dropped_with_a_warning(caplog):
     for name in ("row", "shuffled", "sampled", "user_id", "userId", "name"):
         assert reasons(encoder, name)[0][0] == "dropped" and f"the column {name!r} is dropped" in caplog.text
     assert reasons(encoder, "paid") == [
-        ("changed", "looks like an id, since its large whole numbers hardly repeat, but stays")
+        (
+            "changed",
+            "looks like an id, since its large whole numbers hardly repeat, but stays; drop it unless it is a "
+            "measurement",
+        )
     ]
     assert tasks.fit_encoder(frame, keep=["row", 3]).names == ("row", "user_id", "paid", "age")
     assert tasks.fit_encoder(frame.iloc[:10]).names == (
