@@ -50,7 +50,7 @@ LEVELS = [
     {"few_shot", "blackbox"},
     {"nas"},
     {"automl"},
-    {"plots"},
+    {"plots", "_doctor"},
     {"_cli"},
     {"__main__"},
 ]
