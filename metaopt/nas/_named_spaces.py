@@ -159,7 +159,10 @@ def conv_net_space(
     Returns:
       An `ElasticNetwork`: 1,728 networks by default.
 
-    >>> network = conv_net_space(3, widths=(2, 4), kernels=(3,), depths=(1,), hidden=(8,))
+    >>> from metaopt import nas
+    >>> network = nas.conv_net_space(
+    ...     3, widths=(2, 4), kernels=(3,), depths=(1,), hidden=(8,)
+    ... )
     >>> list(network.layers)
     ['conv1', 'pool1', 'conv2', 'pool2', 'flatten', 'linear']
     """
