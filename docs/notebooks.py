@@ -1,6 +1,6 @@
-"""Writes the notebooks of `colab/` from pages of the site, and the records that two pages read.
+"""Writes the notebooks of `colab/` and the file of skeletons from pages of the site, and the records of two pages.
 
-python docs/notebooks.py            # colab/*.ipynb, in seconds
+python docs/notebooks.py            # colab/*.ipynb and docs/how_to/new_parts.py, in seconds
 python docs/notebooks.py --records  # docs/records/*.db, in minutes; needed if a cell that they depend on changes
 """
 
@@ -30,6 +30,7 @@ PAGES = {
     "black_boxes": "docs/how_to/forest_for_new_table.md",
     "many_devices": "docs/how_to/many_devices.md",
 }
+SKELETONS = "docs/how_to/new_parts"
 WITH_RECORDS = ("forest_for_new_table", "conv_nets")
 
 INSTALL = """\
@@ -125,6 +126,18 @@ def relinked(text: str, page: str) -> str:
     return re.sub(r"\]\(([^)\s]+)\)", link, text)
 
 
+def skeletons() -> str:
+    """The code of the page of skeletons as one Python file, with the titles of its sections."""
+    parts = ['"""Skeletons of new parts; the page new_parts.md explains them."""']
+    for cell in cells_of(f"{SKELETONS}.md"):
+        titles = re.findall(r"^## (.*)$", cell.source, flags=re.MULTILINE)
+        is_code = cell.cell_type == "code"
+        parts += (
+            [cell.source] if is_code else [f"# --- {title} ---" for title in titles]
+        )
+    return "\n\n\n".join(parts) + "\n"
+
+
 def collect_records(name: str) -> None:
     """Runs the cells of a page in an empty store."""
     names: dict = {}
@@ -157,3 +170,4 @@ if __name__ == "__main__":
     else:
         for name, page in PAGES.items():
             nbformat.write(notebook(page), ROOT / "colab" / f"{name}.ipynb")
+        (ROOT / f"{SKELETONS}.py").write_text(skeletons())

@@ -289,8 +289,10 @@ def _print_models(model: Any, *, report: bool) -> None:
         print(model.report_.to_string(index=False))
     _print_table(model.leaderboard_)
     if report and model.not_fitted_:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in model.not_fitted_.items())
-        print(f"not fitted ({reasons})")
+        names: dict[str, list[str]] = {}  # by reason
+        for name, reason in model.not_fitted_.items():
+            names.setdefault(reason, []).append(name)
+        print("not fitted:", "; ".join(f"{', '.join(group)} ({reason})" for reason, group in names.items()))
     value = f"score of the ensemble: {model.score_:.4g}"
     if metric in ("rmse", "mae"):
         value += f"; {metric} {-model.score_ * model.scale_:.4g} in units of the target"

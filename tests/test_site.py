@@ -204,6 +204,8 @@ def test_notebooks_are_written_from_the_pages():
         assert [link for link in links if not (ROOT / "colab" / link).exists()] == []
         code = [line for cell in notebook.cells if cell.cell_type == "code" for line in cell.source.splitlines()]
         assert not any("docs/records" in line or "pathlib.Path(metaopt" in line for line in code)
+    skeletons = ROOT / "docs" / "how_to" / "new_parts.py"
+    assert skeletons.read_text() == notebooks.skeletons(), "`python docs/notebooks.py` for the skeletons"
 
 
 @pytest.mark.slow

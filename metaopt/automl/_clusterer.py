@@ -56,7 +56,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
       n_clusters_: k.
       algorithm_: the algorithm of the chosen candidate, or None if there is one cluster.
       leaderboard_: a frame of the candidates by decreasing s: algorithm, k, stability s, its spread over the parts,
-        reference r, and seconds.
+        reference r, seconds, and whether it was chosen.
       encoder_: a `tasks.TableEncoder`; its `notes` list the columns that were dropped or changed.
 
     Example:
@@ -114,7 +114,7 @@ class AutoClusterer(ClusterMixin, TableEstimator):
         board = measure_all(z, algorithms, self.max_clusters, rng, num_jobs(self.n_jobs))
         best = _stability.choose(board)
         self.algorithm_ = None if best is None else best.candidate.algorithm
-        self.leaderboard_ = _leaderboard(board)
+        self.leaderboard_ = _leaderboard(board, best)
         clusters = _stability.one_cluster(z) if best is None else best.clusters
         every_row = self._axes_of(x)
         self.clusters_ = _stability.largest_first(clusters, clusters.assign(every_row))
@@ -185,10 +185,10 @@ def _principal_axes(scaled: np.ndarray) -> np.ndarray:
     return axes[:_MAX_AXES].T
 
 
-def _leaderboard(board: list[Measured]) -> pd.DataFrame:
-    names = ["algorithm", "k", "stability", "spread", "reference", "seconds"]
+def _leaderboard(board: list[Measured], best: Measured | None) -> pd.DataFrame:
+    names = ["algorithm", "k", "stability", "spread", "reference", "seconds", "chosen"]
     ordered = sorted(board, key=lambda m: -m.stability)
-    rows = [(m.candidate.algorithm, m.k, m.stability, m.spread, m.reference, m.seconds) for m in ordered]
+    rows = [(m.candidate.algorithm, m.k, m.stability, m.spread, m.reference, m.seconds, m is best) for m in ordered]
     return pd.DataFrame(rows, columns=names)
 
 

@@ -55,6 +55,8 @@ def test_groups_of_a_frame_with_categories_and_gaps_are_found(shapes, fitted):
     assert (np.diff(np.bincount(fitted.labels_)) <= 0).all()  # cluster 0 is the largest
     leaders = fitted.leaderboard_
     assert set(leaders["algorithm"]) == set(CHOSEN) and leaders["stability"].is_monotonic_decreasing
+    (chosen,) = leaders[leaders["chosen"]].itertuples()
+    assert (chosen.algorithm, chosen.k) == (fitted.algorithm_, 3)
     assert leaders["stability"].between(-0.1, 1).all() and (leaders["seconds"] > 0).all()
 
 
