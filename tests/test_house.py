@@ -318,6 +318,12 @@ WITHOUT_EXAMPLE = {
 }
 
 
+def test_the_theory_names_every_rule():
+    tools = {"Solver", "check", "diagnose", "flops", "recommend", "trace"}
+    text = (ROOT / "docs" / "theory.md").read_text()
+    assert [name for name in metaopt.hypergrad.__all__ if name not in tools and f"`{name}`" not in text] == []
+
+
 def names_in_examples(page):
     """Names such as "nas.darts" in the code of a page that a build or a test runs."""
     code = "\n".join(re.findall(r"```(?:python|\{code-cell\} python3)\n(.*?)```", page, re.DOTALL))
