@@ -18,13 +18,16 @@ def test_the_page_runs(capsys, tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    first, log, in_space, sizes, _, _, _, derivatives, _, learned, *_ = capsys.readouterr().out.splitlines()
+    first, log, in_space, sizes, _, _, _, derivatives, _, ready, untrained, learned, *_ = (
+        capsys.readouterr().out.splitlines()
+    )
     plain, tuned = map(float, first.split()[:2])
     assert tuned < plain and float(log.split()[0]) < plain and float(in_space.split()[0]) < plain
     broken, safe = map(float, derivatives.split())
     assert broken != broken and safe == safe  # NaN, and not
     _, adamw, both = map(int, re.findall(r"\d+", sizes))
     assert 2 * adamw <= both < 2.1 * adamw  # two entries of λ: two more copies of the parameters
+    assert float(ready) < float(untrained)
     before, after = map(float, re.findall(r"\d+\.\d+", learned)[:2])
     assert after < before
 
