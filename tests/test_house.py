@@ -303,6 +303,14 @@ def undocumented_names(pages):
     return [name for name, _ in public_names_of_rooms() if name not in documented]
 
 
+def test_pages_are_short():
+    """README below 12 kB, changelog below 3 kB, other pages below 500 lines."""
+    limits = {"README.md": 12_000, "CHANGELOG.md": 3_000}
+    sizes = {name: len((ROOT / name).read_bytes()) for name in limits}
+    long_pages = {page.name: page.read_text().count("\n") for page in DOCS if page.read_text().count("\n") >= 500}
+    assert len(DOCS) > 40 and all(100 < sizes[name] < limit for name, limit in limits.items()) and long_pages == {}
+
+
 def test_a_page_mentions_every_public_name():
     pages = {file.name: file.read_text() for file in (ROOT / "README.md", *DOCS) if file.parent.name != "reference"}
     assert undocumented_names(pages) == []

@@ -178,7 +178,7 @@ class Sources(HTMLParser):
 def outside_sources(html):
     sources = Sources()
     sources.feed(html)
-    imports = re.findall(r"(?:@import|import\(?|url\()\s*['\"]?((?:https?:)?//[^'\")\s]+)", html)
+    imports = re.findall(r"(?:@import|import\(?|url\(|fetch\(|src ?=)\s*['\"`]?((?:https?:)?//[^'\"`)\s]+)", html)
     return [address for address in sources.addresses if re.match(r"(https?:)?//", address)] + imports
 
 
@@ -186,6 +186,7 @@ def test_outside_sources_are_seen():
     html = '<a href="https://a"><script src="https://b"></script><link rel="stylesheet" href="//c"><img src="d.png">'
     assert outside_sources(html + "<style>@import url('https://e/f.css')</style>")[:2] == ["https://b", "//c"]
     assert "https://e/f.css" in outside_sources("<style>@import url('https://e/f.css')</style>")
+    assert outside_sources("s.src = 'https://g/h.js'; fetch(`//i`)") == ["https://g/h.js", "//i"]
 
 
 @pytest.mark.slow  # needs the extra `docs`, with which `.ci/run` runs this file
@@ -221,6 +222,11 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path):
     pages = list(tmp_path.rglob("*.html"))
     sources = [page for page in (ROOT / "docs").rglob("*.md") if not page.parts[len(ROOT.parts) + 1].startswith("_")]
     assert [s for s in sources if not (tmp_path / s.relative_to(ROOT)).with_suffix(".html").is_file()] == []
-    outside = {page.name: outside_sources(page.read_text()) for page in pages}
-    assert len(pages) > 60 and {name: addresses for name, addresses in outside.items() if addresses} == {}
+    files = [*pages, *tmp_path.rglob("*.css"), *tmp_path.rglob("*.js")]
+    outside = {file.name: outside_sources(file.read_text()) for file in files}
+    assert (
+        len(pages) > 60
+        and len(files) > len(pages) + 10
+        and {name: addresses for name, addresses in outside.items() if addresses} == {}
+    )
     assert (tmp_path / "searchindex.js").stat().st_size > 100_000
