@@ -81,6 +81,22 @@ def test_other_images_and_labels_are_refused(nets, change, message):
         nets.train(SIZES, *change(*TASKS["three"][:2]))
 
 
+def test_images_may_have_another_precision(nets):
+    images, labels, others, _ = TASKS["three"]
+    network = nets.train(SIZES, images, labels)
+    single = network.outputs(np.asarray(others, np.float32))
+    np.testing.assert_allclose(single, network.outputs(np.asarray(others, np.float64)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"kernel": 7}, "kernel"), ({"width": 1_000}, "width"), ({"depth": 2}, "depth")],
+)
+def test_configurations_outside_the_space_are_refused(nets, change, message):
+    with pytest.raises(ValueError, match=message):
+        nets.train({**SIZES, **change}, *TASKS["three"][:2])
+
+
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [

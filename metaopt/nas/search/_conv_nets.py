@@ -24,7 +24,8 @@ class ConvNets(NamedTuple):
         mean log loss of the other images.
       train: `(configuration, images, labels, *, seed=0) -> nas.TrainedNetwork`. It builds a network of these sizes,
         with an output for each class of the labels, and trains it as `objective` does. It raises ValueError if the
-        images have another shape, or if there are more images or classes than in the tasks of `conv_nets`.
+        configuration is not of `space`, if the images have another shape, or if there are more images or classes than
+        in the tasks of `conv_nets`.
     """
 
     space: dict[str, Any]
@@ -120,6 +121,7 @@ def conv_nets(
         return float(loss_of(params, sizes, {"x": _floats(other_images), "y": other_labels}))
 
     def train(configuration, images, labels, *, seed=0):
+        spaces.from_configuration(space, configuration)  # raises for foreign values
         _check(images, labels, in_shape)
         num_classes = int(np.max(labels)) + 1
         if len(labels) > most_images or num_classes > most_classes:

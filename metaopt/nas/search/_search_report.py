@@ -185,8 +185,9 @@ def _summary(num: int, correlation: float, interval: tuple[float, float], discre
         ranks = f"{correlation:.2f}"
     if not math.isnan(interval[0]):
         ranks += f" (95 % interval {interval[0]:.2f} to {interval[1]:.2f})"
+    gap = "unknown" if math.isnan(discretization) else f"{100 * discretization:.1f} points"
     return (
         f"Accuracies in %. Rank correlation (Spearman) of discrete with retrained over {num} "
         f"architecture{'s' if num > 1 else ''}: {ranks}. Discretization gap (mixed − discrete, of the searched "
-        f"ones): {100 * discretization:.1f} points; retrained − discrete, of all: {100 * evaluation:.1f} points."
+        f"ones): {gap}; retrained − discrete, of all: {100 * evaluation:.1f} points."
     )

@@ -240,10 +240,12 @@ def _templates(
 def _network(supernet, params, weights, statistics, largest: float) -> TrainedNetwork:
     apply = lambda state, x: supernet.apply(state[0], state[1], x, statistics=state[2])
     run = jax.jit(inner.im2col(apply, only_on_cpu=True))
+    dtype = jnp.result_type(*jax.tree.leaves(params))
 
     def apply_to_rows(x):
         x, parts = np.asarray(x), []
         _supernet.check_shape("x", x, supernet.in_shape)
+        x = x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # convolutions need equal types
         for start in range(0, max(len(x), 1), _BATCH):
             part = x[start : start + _BATCH]
             # Rounds up to a power of two, because every new size is compiled.
