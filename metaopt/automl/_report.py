@@ -31,13 +31,17 @@ def report_frame(
     return pd.DataFrame(notes, columns=["column", "action", "reason"])
 
 
-def notes_of_rows(weight: np.ndarray, rows: TrainingRows, out_of_fold: np.ndarray) -> list[tuple[str, str]]:
+def notes_of_rows(
+    weight: np.ndarray, rows: TrainingRows, out_of_fold: np.ndarray, time: Any = None, times: np.ndarray | None = None
+) -> list[tuple[str, str]]:
     """What `fit` did with rows: action and reason, without a note for rows that are used as they are.
 
     Args:
       weight: [n] the weights of the rows that `fit` got.
       rows: the rows that were used, from `sorted_rows`.
       out_of_fold: [m] or [m, C] their out-of-fold predictions, NaN for rows without one.
+      time: [n] the times that `fit` got, or None.
+      times: [n] the same as ranks.
 
     Returns:
       A list of pairs.
@@ -51,7 +55,12 @@ def notes_of_rows(weight: np.ndarray, rows: TrainingRows, out_of_fold: np.ndarra
         (num_trained, "not scored", "of {} rows only train models, so `score_` and the weights do not depend on them"),
     )
     totals = (len(weight), num_used, len(rows.y))
-    return [
+    order = []
+    if times is not None:
+        values, name = np.asarray(time), getattr(time, "name", None) or "time"
+        first, last = (str(values[place(times)]) for place in (np.argmin, np.argmax))
+        order = [("ordered", f"by {str(name)!r}: the first row is of {first}, the last one of {last}")]
+    return order + [
         (action, f"{num:,} {reason.format(f'{total:,}')}")
         for (num, action, reason), total in zip(notes, totals, strict=True)
         if num

@@ -1,5 +1,6 @@
 """Shared parts of the scikit-learn estimators for tables: reading a table, and a part of their files."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from metaopt import tasks
+from metaopt import _logs, tasks
 from metaopt.automl import _arguments
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,19 @@ class TableEstimator(BaseEstimator):
                 ", ".join(map(repr, self.encoder_.input_names[:5])),
             )
         self.n_features_in_ = len(self.encoder_.input_names)
-        return self.encoder_.transform(X)
+        x = self.encoder_.transform(X)
+        self.fingerprint_ = _fingerprint(x)
+        return x
+
+    def _warn_of_rows_of_fit(self, X) -> None:
+        """Warns if X is the whole table of `fit`, in the same order."""
+        with _logs.hold_back():  # the prediction logs the warnings about columns
+            x = self._read_table(X)
+        if _fingerprint(x) == self.fingerprint_:
+            _log.warning(
+                "These are the rows of `fit`. The models have seen their targets, so the metrics are too good. Pass "
+                "other rows, or see `score_`, which is out of fold."
+            )
 
     def _read_table(self, X) -> np.ndarray:
         """Returns the numbers [n, d] of other rows."""
@@ -52,6 +65,11 @@ class TableEstimator(BaseEstimator):
         if not _arguments.has_needed_columns(X, getattr(self, "feature_names_in_", None), self.encoder_):
             validate_data(self, X, reset=False, skip_check_array=True)
         return self.encoder_.transform(X)
+
+
+def _fingerprint(x: np.ndarray) -> str:
+    """Two tables with equal encoded rows, in the same order, have equal fingerprints."""
+    return hashlib.sha256(np.ascontiguousarray(x, np.float64).tobytes()).hexdigest()[:16]
 
 
 def as_frame(X) -> Any:
@@ -82,6 +100,7 @@ def encode(estimator: Any, fitted: str) -> dict[str, Any]:
     return {
         "params": params,
         "encoder": estimator.encoder_.state(),
+        "fingerprint": estimator.fingerprint_,
         "feature_names": list(estimator.feature_names_in_) if hasattr(estimator, "feature_names_in_") else None,
     }
 
@@ -92,6 +111,7 @@ def decode(estimator: Any, header: dict[str, Any]) -> None:
     estimator.set_params(**{key: tuple(value) if isinstance(value, list) else value for key, value in params})
     estimator.encoder_ = tasks.TableEncoder.from_state(header["encoder"])
     estimator.n_features_in_ = len(estimator.encoder_.input_names)
+    estimator.fingerprint_ = header.get("fingerprint", "")
     names = header["feature_names"]  # the encoder renames equal names
     if names is not None:
         if len(names) != estimator.n_features_in_ or not all(isinstance(name, str) for name in names):

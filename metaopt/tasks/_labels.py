@@ -24,7 +24,8 @@ class Labels(NamedTuple):
 def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
     """Numbers the labels of a classification target.
 
-    Logs a warning if the labels are more than 20 different numbers, with fewer than four rows each in the mean.
+    Logs a warning if the labels are more than 20 different numbers, with fewer than four rows each in the mean. Also if
+    two texts differ only in case or spaces, such as "yes" and "Yes ".
 
     Args:
       y: [n] texts, whole numbers (also as floats), booleans, or categories of pandas; None, NaN or pandas.NA where
@@ -72,9 +73,24 @@ def fit_labels(y: Any, *, column: str | int | None = None) -> Labels:
             len(classes),
             len(present),
         )
+    if present.dtype.kind == "U":
+        _warn_of_similar(classes)
     codes = np.full(len(values), -1, np.int32)
     codes[~missing] = places
     return Labels(classes, codes)
+
+
+def _warn_of_similar(classes: np.ndarray) -> None:
+    """Logs a warning if two texts differ only in upper and lower case, or in spaces."""
+    similar: dict[str, list[str]] = {}
+    for label in classes.tolist():
+        similar.setdefault(" ".join(label.split()).casefold(), []).append(label)
+    if pairs := [labels for labels in similar.values() if len(labels) > 1]:
+        _log.warning(
+            "These labels differ only in case or spaces, and count as different classes: %s. If they mean the same, "
+            "change the target.",
+            "; ".join(", ".join(map(repr, labels)) for labels in pairs[:5]),
+        )
 
 
 def suspected_leaks(

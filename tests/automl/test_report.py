@@ -70,7 +70,8 @@ def test_the_report_counts_the_rows_that_are_not_used_as_they_are(tmp_path):
         notes = each.report_[each.report_["column"] == ""]
         assert list(zip(notes["action"], notes["reason"], strict=True)) == [left_out, together]
     model.fit(x[:54], y[:54], time=np.arange(54))  # the first of nine windows is not validated
-    assert model.row_notes_ == [("not scored", not_scored.format("6 of 54"))]
+    ordered = ("ordered", "by 'time': the first row is of 0, the last one of 53")
+    assert model.row_notes_ == [ordered, ("not scored", not_scored.format("6 of 54"))]
     assert model.fit(x[:60], y[:60]).row_notes_ == []
 
 
@@ -137,3 +138,22 @@ def test_rare_patients_do_not_hide_the_others():
 def test_ordinary_tables_have_no_groups():
     loaders = (datasets.load_iris, datasets.load_wine, datasets.load_breast_cancer, datasets.load_diabetes)
     assert [suspected(load(as_frame=True).data) for load in (*loaders, datasets.load_digits)] == [()] * 5
+
+
+def test_the_report_shows_how_dates_were_read():
+    x, y = datasets.load_diabetes(return_X_y=True, as_frame=True)
+    x = x[:54].assign(day=[f"{1 + k // 12:02}.{1 + k % 12:02}.2021" for k in range(54)])  # the day comes first
+    model = automl.AutoRegressor(**QUICK).fit(x, y[:54], time="day")
+    assert model.row_notes_[0] == ("ordered", "by 'day': the first row is of 01.01.2021, the last one of 04.12.2021")
+
+
+def test_metrics_of_the_rows_of_fit_are_warned_of(tmp_path, caplog):
+    x, y = datasets.load_diabetes(return_X_y=True, as_frame=True)
+    model = automl.AutoRegressor(**QUICK).fit(x[:60], y[:60])
+    metaopt.save(tmp_path / "model.npz", model)
+    for each in (model, metaopt.load(tmp_path / "model.npz")):
+        caplog.clear()
+        each.evaluate(x[60:120], y[60:120])
+        assert not caplog.messages
+        each.evaluate(x[:60], y[:60])
+        assert ["These are the rows of `fit`" in message for message in caplog.messages] == [True]

@@ -49,6 +49,20 @@ def test_a_quantity_as_classes_is_logged(y, warns, caplog):
     assert ("If it is a quantity, use regression" in caplog.text) == warns
 
 
+@pytest.mark.parametrize(
+    ("y", "named"),
+    [
+        (["Yes", "yes", "no"], "'Yes', 'yes'"),
+        (["a  b", "a b ", "no"], "'a  b', 'a b '"),
+        (["yes", "no", "yes!"], None),
+        ([1, 2, 1], None),
+    ],
+)
+def test_labels_that_differ_only_in_case_or_spaces_are_logged(y, named, caplog):
+    assert len(tasks.fit_labels(y).classes) == len(set(y))
+    assert [message.split(": ")[1].split(".")[0] for message in caplog.messages] == ([named] if named else [])
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 0])
 def test_columns_that_give_the_target_away(num_classes):
     rng = np.random.default_rng(0)
