@@ -474,21 +474,26 @@ def constant_state_logged_once() -> Callable[[base.PyTree], None]:
     """Makes a function that logs a warning, once, if a model state with floating-point leaves stays constant.
 
     Returns:
-      A function of the model state, which logs the warning at its first call with such a leaf.
+      A function of the model state, and whether the loss returned it. It logs at its first call with such a leaf.
     """
     logged = []
 
-    def log(model_state):
+    def log(model_state, *, is_returned):
         leaves = jax.tree_util.tree_leaves_with_path(model_state)
         name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
         paths = [name(path) for path, leaf in leaves if _trees.is_inexact(leaf)]
         if paths and not logged:
             logged.append(True)
+            wrong, remedy = "no model state", "Return the pair (loss, model_state) from the inner loss."
+            if is_returned:
+                wrong, remedy = "its model state unchanged", "Call the network in its training mode (`train=True`)."
             _LOGGER.warning(
-                "The inner loss returns no model state, so the model state keeps its starting values (%s). With "
-                "BatchNorm, the outer loss then uses wrong running statistics. Return the pair (loss, model_state) "
-                "from the inner loss. To keep the state constant, return (loss, context.model_state).",
+                "The inner loss returns %s, so the model state keeps its starting values (%s). With BatchNorm, the "
+                "outer loss then uses wrong running statistics. %s To keep the state constant, return (loss, "
+                "context.model_state).",
+                wrong,
                 ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""),
+                remedy,
             )
 
     return log

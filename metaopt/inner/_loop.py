@@ -1,6 +1,7 @@
 """Makes an `InnerLoop` from a loss and an optax factory, and from it a step, a training run and a `Problem`."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,6 +116,28 @@ def _transform(optimizer: Callable, zero: str, hyperparams: base.HyperParams) ->
         raise
 
 
+def _check_arguments(name: str, loss: Callable, with_context: bool) -> None:
+    """Raises ValueError if a loss takes a context and would not get one, or the reverse."""
+    try:
+        arguments = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):  # a builtin
+        return
+    kinds = [argument.kind for argument in arguments]
+    positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return
+    if with_context and len(positional) == 3:
+        raise ValueError(
+            f"`{name}` takes three arguments, but with `with_context=True` it gets four: (params, hyperparams, batch, "
+            "context). Add the context, or leave out `with_context=True`."
+        )
+    if not with_context and sum(argument.default is argument.empty for argument in positional) == 4:
+        raise ValueError(
+            f"`{name}` takes four arguments, but it gets three: (params, hyperparams, batch). If the fourth one is the "
+            "context, pass `with_context=True`."
+        )
+
+
 def _init(
     init: Callable,
     transform: Callable,
@@ -154,9 +177,13 @@ def _loss(
     value = loss(params, hyperparams, batch, *([context] if with_context else []))
     if with_context and isinstance(value, tuple):
         value, model_state = value
+        pairs = zip(jax.tree.leaves(model_state), jax.tree.leaves(context.model_state), strict=False)
+        # The object itself is returned on purpose.
+        if model_state is not context.model_state and all(new is old for new, old in pairs):
+            log_constant(model_state, is_returned=True)
     else:
         model_state = context.model_state
-        log_constant(model_state)
+        log_constant(model_state, is_returned=False)
     _check_scalar(value, "inner loss")
     return value, model_state
 
@@ -261,6 +288,7 @@ def loop(
     ... )
     [1. 2.]
     """
+    _check_arguments("loss", loss, with_context)
     transform = functools.partial(_transform, optimizer, zero)
     loss_fn = functools.partial(_loss, loss, with_context, _checks.constant_state_logged_once())
     return base.InnerLoop(
@@ -376,8 +404,10 @@ def problem(
       A `Problem`.
 
     Raises:
-      ValueError: at trace time, if the outer loss is not a scalar.
+      ValueError: if the number of arguments of the outer loss does not fit `with_context`; at trace time, if the
+        outer loss is not a scalar.
     """
+    _check_arguments("outer_loss", outer_loss, with_context)
 
     def full_outer_loss(params, hyperparams, batch, context):
         value = outer_loss(params, hyperparams, batch, *([context] if with_context else []))

@@ -73,7 +73,7 @@ def _model(init: Callable, call: Callable, *, adapter: str, allow_stopped_state:
         mode, state = _Mode(train, *switches), context.model_state
         outputs, new_state = call(mode, context.key, params, state, inputs, options)
         if mode == (False, True, True):
-            return outputs, state
+            return outputs, jax.tree.map(lambda leaf: leaf, state)  # another object: see `inner.loop`
         if not allow_stopped_state and any(map(_trees.is_inexact, jax.tree.leaves(state))):
             call_named = lambda args: call(mode, context.key, **args)[1]
             args = {"params": params, "state": state, "inputs": inputs, "options": options}
@@ -118,9 +118,16 @@ def from_nnx(make: Callable[[Any], Any], *, allow_stopped_state: bool = False) -
       They also set arguments of the same names if the module's `__call__` has them. `init` can be vmapped.
 
     Raises:
+      TypeError: if `make` is a module and not a function.
       ValueError: at trace time, if the module stops the gradient of its new model state.
     """
     from flax import nnx
+
+    if isinstance(make, nnx.Module) or not callable(make):
+        raise TypeError(
+            "`from_nnx` takes a function `(rngs) -> module`, such as `lambda rngs: Net(rngs=rngs)`, because each "
+            f"training run draws new weights; got {type(make).__name__}."
+        )
 
     def split(module):
         return nnx.split(module, nnx.Param, ...)
@@ -206,10 +213,12 @@ def from_linen(
       A `Model`.
 
     Raises:
-      TypeError: at trace time, if the module has no keyword `train_argument`.
+      TypeError: if `module` is a class; at trace time, if the module has no keyword `train_argument`.
       ValueError: at trace time, if a switch differs from `not train` and `train_argument` does not name it.
       ValueError: at trace time, if the module stops the gradient of its new model state.
     """
+    if isinstance(module, type):
+        raise TypeError(f"`from_linen` takes a module, such as `{module.__name__}(...)`; got the class.")
     keywords = (train_argument,) if isinstance(train_argument, str) else tuple(train_argument or ())
 
     def switch_options(mode):

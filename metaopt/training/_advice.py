@@ -11,6 +11,8 @@ from metaopt.training._run import Run
 
 _log = logging.getLogger(__name__)
 _NUM_FIRST = 10  # steps after which each leaf of λ is expected to have moved
+_LARGE = 20  # entries of an array that are compared between training and validation data
+_OTHER_UNITS = 20.0  # ratio of the means of two such arrays
 _EXPLODED = 1e6  # limit of ‖dF/dλ‖ / max(1, |F|), for λ of size about 1
 
 
@@ -31,6 +33,41 @@ def logged(warned: frozenset[str], run: Run, num: int, num_steps: int, hyperpara
     if run.step - num < first <= run.step:
         _log_unmoved(run, hyperparams)
     return warned | _logged_implicit(warned, run, num, num_steps) | _logged_exploded(warned, run, num)
+
+
+def log_of_tasks(tasks: base.PyTree) -> None:
+    """Logs a warning if training and validation data are equal, or have arrays of very different scales.
+
+    Args:
+      tasks: the first tasks of a run. Only those of type `base.Task` are checked.
+    """
+    if not isinstance(tasks, base.Task):
+        return
+    train, valid = map(_numbers, (tasks.train, tasks.valid))
+    shared = train.keys() & valid.keys()
+    large = [name for name in shared if train[name].size >= _LARGE]
+    if large and len(shared) == len(train) == len(valid) and all(np.array_equal(train[x], valid[x]) for x in shared):
+        _log.warning(
+            "The training data and the validation data of the tasks are equal, so λ is tuned for the loss on the "
+            "training data. Such a loss does not show the benefit of a weight decay, of noise or of dropout. "
+            "Split the rows."
+        )
+    for name in sorted(shared):
+        pair = train[name], valid[name]
+        sizes = [float(np.abs(x, dtype=np.float32).mean()) if x.ndim > 1 and x.size >= _LARGE else 0.0 for x in pair]
+        if 0 < _OTHER_UNITS * min(sizes) < max(sizes) < np.inf:
+            _log.warning(
+                f"`tasks.train{name}` and `tasks.valid{name}` have different units: the means of their absolute values "
+                f"are {sizes[0]:.3g} and {sizes[1]:.3g}. Scale both in the same way, such as pixels from 0 to 1."
+            )
+
+
+def _numbers(data: base.Data) -> dict[str, np.ndarray]:
+    """The arrays of real numbers by the names of their paths, of those that this process holds."""
+    leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)]
+    is_real = lambda x: any(np.issubdtype(x.dtype, kind) for kind in (np.floating, np.integer))
+    held = [(name, x) for name, x in leaves if getattr(x, "is_fully_addressable", True) and is_real(x)]
+    return {name: np.asarray(x) for name, x in held}
 
 
 def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:

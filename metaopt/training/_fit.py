@@ -208,6 +208,7 @@ def fit(
             saved = checkpoints.restore()
         report = stack.enter_context(_progress(saved, hyperparams, num_steps, progress))
         run = _started(saved, steps, num_steps, allow_changed_program, report)
+        _advice.log_of_tasks(run.state.tasks)
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)

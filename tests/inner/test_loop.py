@@ -72,7 +72,7 @@ def test_context_has_fresh_keys_the_step_and_the_model_state():
 
 def test_the_key_of_a_loss_is_never_that_of_the_rows():
     keys = lambda key, step, data: jax.random.key_data(key)
-    loop = make(optimizer=lambda hp: optax.sgd(0.1), sampler=keys, with_context=True, init=lambda *_: (0.0, None))
+    loop = make(lambda *_: 0.0, lambda hp: optax.sgd(0.1), sampler=keys, with_context=True, init=lambda *_: (0.0, None))
     state, of_rows, of_losses = loop.init(KEY, LAM, DATA), set(), set()
     for step in range(6):
         state = state._replace(step=jnp.int32(step))
@@ -102,11 +102,18 @@ def test_a_full_loss_may_leave_the_model_state_out():
     assert state.model_state == {"count": 3}
 
 
-@pytest.mark.parametrize("returned", ["nothing", "state"])
-def test_a_loss_that_omits_running_statistics_logs_one_warning(returned, caplog):
+@pytest.mark.parametrize(
+    ("returned", "remedy"),
+    [
+        (lambda value, state: value, "(loss, model_state)"),
+        (lambda value, state: (value, {**state}), "`train=True`"),  # as from a network that only evaluates
+        (lambda value, state: (value, {"norm": {"mean": state["norm"]["mean"] + 1}}), None),
+        (lambda value, state: (value, state), None),
+    ],
+)
+def test_a_loss_that_omits_running_statistics_logs_one_warning(returned, remedy, caplog):
     def loss(params, hyperparams, batch, context):
-        value = problems.penalized(params, hyperparams, batch)
-        return value if returned == "nothing" else (value, context.model_state)
+        return returned(problems.penalized(params, hyperparams, batch), context.model_state)
 
     init = lambda key, hyperparams, data: (problems.zeros(key, hyperparams, data), {"norm": {"mean": jnp.zeros(2)}})
     loop = make(loss, init=init, with_context=True)
@@ -114,8 +121,8 @@ def test_a_loss_that_omits_running_statistics_logs_one_warning(returned, caplog)
     for _ in range(2):
         state = inner.step(loop, state, LAM, DATA)
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(messages) == (returned == "nothing")
-    assert all("norm/mean" in message and "(loss, model_state)" in message for message in messages)
+    assert len(messages) == (remedy is not None)
+    assert all("norm/mean" in message and remedy in message for message in messages)
 
 
 def test_the_gradient_is_an_argument_of_the_step():

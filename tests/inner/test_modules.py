@@ -484,3 +484,16 @@ def test_a_trained_model_goes_back_to_its_module():
     assert not np.allclose(net(DATA["x"]), expected, atol=1e-3)  # the starting values of the running statistics
     nnx.update(net, loop.context(state).model_state)
     np.testing.assert_allclose(net(DATA["x"]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_training_without_the_switch_to_training_is_warned_of(train, caplog):
+    model = nnx_model()
+
+    def loss(params, hp, batch, context):
+        outputs, model_state = model.apply(params, context, batch["x"], train=train)
+        return ((outputs - batch["y"]) ** 2).mean(), model_state
+
+    loop = inner.loop(loss, lambda hp: optax.sgd(0.1), init=model.init, with_context=True)
+    inner.run(loop, num_steps=2)(KEY, LAM, DATA)
+    assert ["`train=True`" in message for message in caplog.messages] == [True] * (not train)

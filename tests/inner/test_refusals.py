@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import problems
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 from metaopt import _batches, base, inner
 
@@ -226,7 +226,13 @@ REFUSALS = [
         )
         for num in (1, 2)
     ),
+    # The arguments of losses.
+    (lambda: make(lambda params, hp, batch, context: 0.0), ValueError, "`loss` takes four .* `with_context=True`"),
+    (lambda: make(lambda params, hp, batch: 0.0, with_context=True), ValueError, "`loss` takes three arguments"),
+    (lambda: inner.problem(make(), lambda params, hp, batch, context: 0.0), ValueError, "`outer_loss` takes four"),
     # Modules.
+    (lambda: inner.from_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0))), TypeError, "takes a function .* got Linear"),
+    (lambda: inner.from_linen(linen.Dense, None), TypeError, r"such as `Dense\(\.\.\.\)`; got the class"),
     (lambda: dense().init(KEY, None, None), TypeError, "unexpected keyword argument 'train'"),
     (deterministic_training, ValueError, "`deterministic=True` with `train=True` needs a keyword `deterministic`"),
 ]

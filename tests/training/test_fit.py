@@ -706,3 +706,40 @@ def test_runs_outside_the_main_thread():
     thread.start()
     thread.join()
     assert small.bits(results[0].state) == small.bits(fit().state)
+
+
+# The data of the first tasks.
+
+X = np.random.default_rng(0).normal(size=(30, 4))
+Y = np.arange(30) % 3
+
+
+def warnings_of_data(train, valid, caplog):
+    learner = training.learner(hypergrad.direct(lambda hp, task, key: hp**2), optax.sgd(0.1))
+    fit(learner, lambda key: base.Task(train, valid), num_steps=1, progress=False)
+    return [message for message in caplog.messages if "tasks" in message]
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "message"),
+    [
+        ({"x": X, "y": Y}, {"x": X + 1, "y": Y}, None),
+        ({"x": X, "y": Y}, {"x": X.copy(), "y": Y}, "the validation data of the tasks are equal"),
+        ((X, Y), (X, Y), "the validation data of the tasks are equal"),
+        ({"x": X, "y": Y}, {"x": X, "y": 2 - Y}, None),  # other targets for the same rows
+        ({"x": X}, {"x": X, "mask": np.ones(30)}, None),
+        ({"a": 1.0}, {"a": 1.0}, None),  # a constant, and not rows
+        (
+            {"x": 255 * X, "y": Y},
+            {"x": X[:25], "y": Y[:25]},
+            r"tasks.train['x']` and `tasks.valid['x']` have different",
+        ),
+        ({"x": np.uint8(50 + Y)[:, None] + np.zeros((30, 4), np.uint8)}, {"x": X}, "have different units"),
+        ({"x": X, "y": 100 * Y}, {"x": X[:25], "y": Y[:25]}, None),  # one axis: labels
+        ({"x": X}, {"x": 0 * X}, None),
+        ({"x": X}, {"x": 15 * X}, None),
+    ],
+)
+def test_equal_data_and_different_units_are_warned_of(train, valid, message, caplog):
+    messages = warnings_of_data(train, valid, caplog)
+    assert [message in text for text in messages] == [True] * (message is not None)
