@@ -159,7 +159,16 @@ def _init(
     _check_floating(params)
     params, model_state = _trees.strong((params, model_state))
     with _checks.explained_schedules("optimizer"):
-        opt_state = _trees.strong(transform(hyperparams).init(params))
+        try:
+            opt_state = _trees.strong(transform(hyperparams).init(params))
+        except ValueError as error:
+            if "structure" in str(error):
+                error.add_note(
+                    "The optimizer cannot be initialized with these parameters. A mask or labels must have their "
+                    f"structure, {str(jax.tree.structure(params))[:300]}; or pass a function that makes them from "
+                    "the parameters."
+                )
+            raise
     _schedule_free.check_is_last(opt_state)
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 

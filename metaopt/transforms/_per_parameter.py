@@ -7,6 +7,7 @@ would see only one group, and is rejected.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -150,7 +151,7 @@ def per_group(
         for name, value in hyperparams.items():
             if isinstance(value, Mapping) and set(value) != set(names):
                 raise ValueError(
-                    f"The hyperparameter {name} must be one value, or a dict with the groups {names}; got the keys "
+                    f"The hyperparameter {name!r} must be one value, or a dict with the groups {names}; got the keys "
                     f"{list(value)}. Bind a dict that is one value to the factory with `functools.partial`."
                 )
         if not any(isinstance(value, Mapping) for value in hyperparams.values()):
@@ -169,6 +170,7 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
 
     @functools.wraps(factory)  # `optax.inject_hyperparams` reads the signature
     def make(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
+        args, kwargs = _named(factory, args, kwargs)
         hyperparams = {**dict(enumerate(args)), **kwargs}
         checked = set()
 
@@ -200,6 +202,15 @@ def _partitioned(factory: Callable, choose: Callable) -> Callable:
         return optax.GradientTransformationExtraArgs(init, update)
 
     return make
+
+
+def _named(factory: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call by their names where the factory allows it, so that errors can name them."""
+    parameters = inspect.signature(factory).parameters
+    first = [p.name for p in parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if list(parameters)[: len(args)] != first[: len(args)] or not set(first[: len(args)]).isdisjoint(kwargs):
+        return args, kwargs
+    return (), dict(zip(first, args, strict=False)) | kwargs
 
 
 def _check_uncoupled(optimizer, labels, updates, params, extra_args):

@@ -10,6 +10,7 @@ h_t = −g_t · g_{t−1}. An optimizer of λ, the tuner, descends along h. The 
 itself.
 """
 
+import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -166,6 +167,7 @@ def self_tuning(
         the chain then: `state[1].hyperparams`.
 
     Raises:
+      TypeError: in `update`, if the name of an argument is nearly one of those above.
       ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
       ValueError: if `gap` is negative, or `discount` is not in [0, 1].
       ValueError: if λ is not of finite real numbers, or not positive although the rule requires it.
@@ -286,6 +288,9 @@ def _update(
     `checked` collects the structures of the arguments for which all of λ is known to have an effect on the updates.
     """
     updates, params = jax.tree.map(jnp.asarray, (updates, params))
+    for name in extra_args:  # of the inner optimizer, unless they are misspelt
+        if meant := difflib.get_close_matches(name, ("valid_grad_fn", "valid_batch", "grad_fn"), cutoff=0.8):
+            raise TypeError(f"`update` of `self_tuning` has no argument {name!r}. Did you mean {meant[0]!r}?")
     valid_grad_fn = _valid_gradient(settings, valid_grad_fn, valid_batch)
     if grad_fn is not None and not settings.discount:  # an extra argument of the optimizer itself
         extra_args, grad_fn = {**extra_args, "grad_fn": grad_fn}, None

@@ -226,6 +226,11 @@ REFUSALS = [
         )
         for num in (1, 2)
     ),
+    (
+        lambda: step(optimizer=lambda hp: optax.masked(optax.sgd(hp["rate"]), {"a": True})),
+        ValueError,
+        "mask or labels must have their structure",
+    ),
     # The arguments of losses.
     (lambda: make(lambda params, hp, batch, context: 0.0), ValueError, "`loss` takes four .* `with_context=True`"),
     (lambda: make(lambda params, hp, batch: 0.0, with_context=True), ValueError, "`loss` takes three arguments"),

@@ -90,6 +90,10 @@ REFUSED = [
         ),
         "hyperparameter .* must be one value, or a dict with the groups",
     ),
+    (
+        lambda: transforms.per_group(optax.sgd, patterns={"a": "kernel", "b": ""})({"a": 0.1}).init(PARAMS),
+        "hyperparameter 'learning_rate' must be one value",
+    ),
     (lambda: transforms.per_group(optax.sgd, labels={"encoder": "a"})(0.1).init(PARAMS), "pytree structure error"),
     (lambda: transforms.knot_schedule([0.1, 0.2]), "either `num_steps` or `knots`"),
     (lambda: transforms.knot_schedule([0.1, 0.2, 0.3], knots=[10, 0, 5]), "`knots` must be steps in increasing order"),
@@ -231,6 +235,13 @@ def test_refusals(call, message):
 def test_unknown_options_are_an_error_of_python(call, name):
     with pytest.raises(KeyError, match=name):
         call()
+
+
+@pytest.mark.parametrize("name", ["val_grad_fn", "valid_grads_fn", "validbatch", "grads_fn"])
+def test_misspelt_arguments_of_an_update(name):
+    with pytest.raises(TypeError, match=f"no argument '{name}'. Did you mean"):
+        tuned_update(VECTORS, adam(), **{name: lambda params: params})
+    tuned_update(VECTORS, adam(), value=1.0, grad=VECTORS)  # optax's own extra arguments
 
 
 def test_weights_that_do_not_come_with_the_library():
