@@ -183,7 +183,15 @@ def _loss(
     context: base.Context,
 ) -> tuple[jax.Array, base.PyTree]:
     """ℓ and the model state after the step."""
-    value = loss(params, hyperparams, batch, *([context] if with_context else []))
+    try:
+        value = loss(params, hyperparams, batch, *([context] if with_context else []))
+    except _checks.NEEDS_A_VALUE as error:
+        error.add_note(
+            "The inner loss reads the value of a traced array (in `if`, `float`, `int` or NumPy). JAX traces λ, so "
+            "it has no value: use `jnp.where` instead of `if`. flax's dropout compares its rate with 0, so the rate cannot be "
+            "part of λ; Gaussian noise of the same variance can take its place (`docs/how_to/flax_more.md`)."
+        )
+        raise
     if with_context and isinstance(value, tuple):
         value, model_state = value
         pairs = zip(jax.tree.leaves(model_state), jax.tree.leaves(context.model_state), strict=False)

@@ -40,7 +40,8 @@ def from_image_folder(
 
     Returns:
       A `Source` of uint8 images, in the order of their paths. It skips files with a suffix that Pillow does not know,
-      and files and folders whose name begins with a dot. It warns of folders in which no image is left.
+      and files and folders whose name begins with a dot. It warns of folders in which no image is left, of images in
+      other places of the folder, and of equal images.
 
     Raises:
       ValueError: if the folder does not exist or has no images.
@@ -68,13 +69,33 @@ def from_image_folder(
             f"{', '.join(map(repr, empty[:5]))}.",
             stacklevel=2,
         )
+    is_image = lambda f: f.suffix.lower() in suffixes and is_visible(f) and f.is_file()
+    if others := sorted({f for f in folder.rglob("*") if is_image(f)} - set(files)):
+        warnings.warn(
+            f"{folder}: {len(others)} images do not lie in {pattern}/ and are left out, such as {others[0]}.",
+            stacklevel=2,
+        )
+    images = read_images(files, size=size, channels=channels)
+    _warn_of_copies(files, images)
     return from_arrays(
-        read_images(files, size=size, channels=channels),
+        images,
         labels,
         name=folder.name if name is None else name,
         group=None if group_fn is None else [str(group_fn(file)) for file in files],
         superclass=[label.split("/")[0] for label in names] if levels == 2 else None,
     )
+
+
+def _warn_of_copies(files: list[Path], images: np.ndarray) -> None:
+    """Warns if images are equal: copies in training and in test data make the test accuracy too high."""
+    first: dict[bytes, Path] = {}
+    pairs = [(file, first.setdefault(image.tobytes(), file)) for file, image in zip(files, images, strict=True)]
+    if copies := [pair for pair in pairs if pair[0] != pair[1]]:
+        warnings.warn(
+            f"{len(copies)} of {len(files)} images are equal to others, such as {copies[0][0]} and {copies[0][1]}. "
+            "Remove copies, since a copy of a training image among the test images makes the test accuracy too high.",
+            stacklevel=3,
+        )
 
 
 def read_images(files: Iterable[str | os.PathLike[str]], *, size: int, channels: int = 1) -> np.ndarray:

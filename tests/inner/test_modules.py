@@ -497,3 +497,17 @@ def test_training_without_the_switch_to_training_is_warned_of(train, caplog):
     loop = inner.loop(loss, lambda hp: optax.sgd(0.1), init=model.init, with_context=True)
     inner.run(loop, num_steps=2)(KEY, LAM, DATA)
     assert ["`train=True`" in message for message in caplog.messages] == [True] * (not train)
+
+
+def test_a_rate_of_dropout_from_the_hyperparameters_is_explained():
+    model = inner.from_nnx(lambda rngs: nnx.Linear(D, 1, rngs=rngs))
+
+    def loss(params, hp, batch, context):
+        x = nnx.Dropout(hp["rate"], rngs=nnx.Rngs(context.key))(batch["x"])
+        outputs, model_state = model.apply(params, context, x, train=True)
+        return (outputs**2).mean(), model_state
+
+    loop = inner.loop(loss, lambda hp: optax.sgd(0.1), init=model.init, with_context=True)
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        jax.jit(inner.run(loop, num_steps=2))(KEY, {"rate": 0.1}, DATA)
+    assert any("flax's dropout compares its rate with 0" in note for note in raised.value.__notes__)

@@ -113,15 +113,31 @@ def test_a_folder_of_images(tmp_path):
 
 
 def test_hidden_files_are_skipped_and_a_folder_without_images_gives_a_warning(tmp_path):
-    for name in ("a/1.png", "b/1.png", ".checkpoints/1.png", "b/.2.png"):
+    for color, name in enumerate(("a/1.png", "b/1.png", ".checkpoints/1.png", "b/.2.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("L", (2, 2)).save(tmp_path / name)
+        Image.new("L", (2, 2), color).save(tmp_path / name)
     source = tasks.from_image_folder(tmp_path, size=2)
     assert source.class_names == ("a", "b") and len(source.x) == 2
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "1.heic").write_bytes(b"of a phone")
     with pytest.warns(UserWarning, match="1 folders have no images .*: 'c'"):
         assert tasks.from_image_folder(tmp_path, size=2).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "color", "message"),
+    [
+        ("a/2.png", 1, r"1 of 3 images are equal to others, such as .*b/1.png and .*a/2.png"),
+        ("a/in/2.png", 2, r"1 images do not lie in \*/ and are left out, such as .*a/in/2.png"),
+        ("2.png", 2, "1 images do not lie in"),
+    ],
+)
+def test_copies_and_images_in_other_places_give_a_warning(tmp_path, name, color, message):
+    for each, gray in (("a/1.png", 0), ("b/1.png", 1), (name, color)):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2), gray).save(tmp_path / each)
+    with pytest.warns(UserWarning, match=message):
+        assert len(tasks.from_image_folder(tmp_path, size=2).x) == 3 - ("in" in name or "/" not in name)
 
 
 def test_an_error_names_all_files_that_cannot_be_read(tmp_path):
