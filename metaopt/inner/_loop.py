@@ -188,8 +188,8 @@ def _loss(
     except _checks.NEEDS_A_VALUE as error:
         error.add_note(
             "The inner loss reads the value of a traced array (in `if`, `float`, `int` or NumPy). JAX traces λ, so "
-            "it has no value: use `jnp.where` instead of `if`. flax's dropout compares its rate with 0, so the rate cannot be "
-            "part of λ; Gaussian noise of the same variance can take its place (`docs/how_to/flax_more.md`)."
+            "it has no value: use `jnp.where` instead of `if`. flax's dropout compares its rate with 0, so the rate "
+            "cannot be part of λ; Gaussian noise of the same variance can take its place (`docs/how_to/flax_more.md`)."
         )
         raise
     if with_context and isinstance(value, tuple):
