@@ -127,7 +127,7 @@ def likely_cause(tasks: base.PyTree) -> str:
         name, x = f"`tasks{jax.tree_util.keystr(path)}`", np.asarray(leaf)
         if jnp.issubdtype(x.dtype, jnp.inexact) and (num := int(np.sum(~np.isfinite(x)))):
             non_finite.append(f"{num} of {x.size} entries of {name}")
-        if jnp.issubdtype(x.dtype, jnp.integer) and x.ndim:
+        if jnp.issubdtype(x.dtype, jnp.integer) and 0 < x.ndim < 3:  # not the pixels of images
             integers.append(f"{name} has integers from {x.min()} to {x.max()}")
             is_shifted |= jax.tree_util.keystr(path[-1:], simple=True) == "y" and x.min() != 0
     if non_finite:

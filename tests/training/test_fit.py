@@ -414,7 +414,7 @@ def fit_classifier(labels, **kwargs):
         logits = hyperparams * task["x"]
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, task["y"]).mean()
 
-    task = {"x": np.ones((4, 3)), "y": np.array(labels)}
+    task = {"pixels": np.ones((4, 2, 2), np.uint8), "x": np.ones((4, 3)), "y": np.array(labels)}
     return fit(training.learner(hypergrad.direct(loss), optax.sgd(0.1)), lambda key: task, **kwargs)
 
 
