@@ -470,7 +470,7 @@ def _are_outcomes(outcomes: Any, first: float) -> bool:
     return has_names and (numbers[0] == first or (math.isnan(numbers[0]) and math.isnan(first)))
 
 
-def constant_state_logged_once() -> Callable[[base.PyTree], None]:
+def constant_state_logged_once() -> Callable[..., None]:
     """Makes a function that logs a warning, once, if a model state with floating-point leaves stays constant.
 
     Returns:
@@ -482,11 +482,11 @@ def constant_state_logged_once() -> Callable[[base.PyTree], None]:
         leaves = jax.tree_util.tree_leaves_with_path(model_state)
         name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
         paths = [name(path) for path, leaf in leaves if _trees.is_inexact(leaf)]
+        wrong, remedy = "no model state", "Return the pair (loss, model_state) from the inner loss."
+        if is_returned:
+            wrong, remedy = "its model state unchanged", "Call the network in its training mode (`train=True`)."
         if paths and not logged:
             logged.append(True)
-            wrong, remedy = "no model state", "Return the pair (loss, model_state) from the inner loss."
-            if is_returned:
-                wrong, remedy = "its model state unchanged", "Call the network in its training mode (`train=True`)."
             _LOGGER.warning(
                 "The inner loss returns %s, so the model state keeps its starting values (%s). With BatchNorm, the "
                 "outer loss then uses wrong running statistics. %s To keep the state constant, return (loss, "

@@ -117,7 +117,7 @@ def _model_loss(spec: Spec, params, made, hyperparams, batch, context: base.Cont
         value = spec.loss(_leaves.fill(params, made, hyperparams["init"]), hyperparams, batch, context)
     if isinstance(value, tuple):
         return value
-    spec.log_constant(context.model_state)
+    spec.log_constant(context.model_state, is_returned=False)
     return value, context.model_state
 
 

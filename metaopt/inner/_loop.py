@@ -194,9 +194,10 @@ def _loss(
         raise
     if with_context and isinstance(value, tuple):
         value, model_state = value
-        pairs = zip(jax.tree.leaves(model_state), jax.tree.leaves(context.model_state), strict=False)
+        before = None if context is None else context.model_state
+        pairs = zip(jax.tree.leaves(model_state), jax.tree.leaves(before), strict=False)
         # The object itself is returned on purpose.
-        if model_state is not context.model_state and all(new is old for new, old in pairs):
+        if model_state is not before and all(new is old for new, old in pairs):
             log_constant(model_state, is_returned=True)
     else:
         model_state = context.model_state

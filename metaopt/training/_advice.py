@@ -57,8 +57,8 @@ def log_of_tasks(tasks: base.PyTree) -> None:
         sizes = [float(np.abs(x, dtype=np.float32).mean()) if x.ndim > 1 and x.size >= _LARGE else 0.0 for x in pair]
         if 0 < _OTHER_UNITS * min(sizes) < max(sizes) < np.inf:
             _log.warning(
-                f"`tasks.train{name}` and `tasks.valid{name}` have different units: the means of their absolute values "
-                f"are {sizes[0]:.3g} and {sizes[1]:.3g}. Scale both in the same way, such as pixels from 0 to 1."
+                f"The arrays `{name}` of the training and the validation data have different units: the means of their "
+                f"absolute values are {sizes[0]:.3g} and {sizes[1]:.3g}. Scale both in the same way, such as pixels from 0 to 1."
             )
 
 

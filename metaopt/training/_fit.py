@@ -208,7 +208,6 @@ def fit(
             saved = checkpoints.restore()
         report = stack.enter_context(_progress(saved, hyperparams, num_steps, progress))
         run = _started(saved, steps, num_steps, allow_changed_program, report)
-        _advice.log_of_tasks(run.state.tasks)
         if checkpoints is not None:
             steps.describe(run.state, report)  # a step that cannot be traced leaves no checkpoint
         periods = [eval_every] * (evaluate is not None) + [checkpoint_every] * (checkpoints is not None)
@@ -302,7 +301,9 @@ def _raise_if_ended_early(
 def _started(saved: Saved | None, steps: Steps, num_steps: int, allow_changed_program: bool, report: Report) -> Run:
     """Returns the run before its first step, or the run of a checkpoint, after all comparisons."""
     if saved is None:
-        return steps.first(report)
+        run = steps.first(report)
+        _advice.log_of_tasks(run.state.tasks)
+        return run
     if saved.step > num_steps:
         raise ValueError(
             f"`num_steps` is {num_steps}, but {saved.directory} has a run of {saved.step} steps. Increase `num_steps` "

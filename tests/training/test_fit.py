@@ -732,7 +732,7 @@ def warnings_of_data(train, valid, caplog):
         (
             {"x": 255 * X, "y": Y},
             {"x": X[:25], "y": Y[:25]},
-            r"tasks.train['x']` and `tasks.valid['x']` have different",
+            "arrays `['x']` of the training and the validation data have different",
         ),
         ({"x": np.uint8(50 + Y)[:, None] + np.zeros((30, 4), np.uint8)}, {"x": X}, "have different units"),
         ({"x": X, "y": 100 * Y}, {"x": X[:25], "y": Y[:25]}, None),  # one axis: labels
