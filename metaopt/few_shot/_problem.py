@@ -109,7 +109,9 @@ def inner_loss(spec: Spec, params, hyperparams, batch, context: base.Context) ->
     if spec.proximal:
         difference = optax.tree.sub(params, _leaves.select(spec.adapt, hyperparams["init"]))
         value = value + spec.proximal / 2 * optax.tree.norm(difference, squared=True)
-    return value, carried._replace(own=own)
+    # A loss may return the model state as it is. The loop takes only the same object for that.
+    is_same = all(new is old for new, old in zip(jax.tree.leaves(own), jax.tree.leaves(carried.own), strict=False))
+    return value, carried if is_same else carried._replace(own=own)
 
 
 def _model_loss(spec: Spec, params, made, hyperparams, batch, context: base.Context) -> tuple[jax.Array, base.PyTree]:

@@ -58,7 +58,8 @@ def log_of_tasks(tasks: base.PyTree) -> None:
         if 0 < _OTHER_UNITS * min(sizes) < max(sizes) < np.inf:
             _log.warning(
                 f"The arrays `{name}` of the training and the validation data have different units: the means of their "
-                f"absolute values are {sizes[0]:.3g} and {sizes[1]:.3g}. Scale both in the same way, such as pixels from 0 to 1."
+                f"absolute values are {sizes[0]:.3g} and {sizes[1]:.3g}. Scale both in the same way, such as pixels "
+                "from 0 to 1."
             )
 
 

@@ -717,7 +717,7 @@ Y = np.arange(30) % 3
 def warnings_of_data(train, valid, caplog):
     learner = training.learner(hypergrad.direct(lambda hp, task, key: hp**2), optax.sgd(0.1))
     fit(learner, lambda key: base.Task(train, valid), num_steps=1, progress=False)
-    return [message for message in caplog.messages if "tasks" in message]
+    return [message for message in caplog.messages if "validation data" in message]
 
 
 @pytest.mark.parametrize(
