@@ -1,11 +1,10 @@
 """Checks that several subpackages need. Checks of arguments raise a ValueError that names the argument and the fix."""
 
-import contextlib
 import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -120,64 +119,18 @@ def is_finite(x: np.ndarray) -> np.ndarray:
         return np.isfinite(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)))
 
 
-NEEDS_A_VALUE = (  # JAX's errors if a program reads the value of a traced array
-    jax.errors.ConcretizationTypeError,  # `if`, `float`
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
-SCHEDULES = (
-    "Some optax schedules do this, for example with `peak_value` of `optax.warmup_cosine_decay_schedule`: use "
-    "`transforms.cosine_schedule` (or `wsd_schedule`, `polynomial_schedule`, `knot_schedule`), which is differentiable "
-    "in all of its numbers."
-)
-
-
-@contextlib.contextmanager
-def explained_schedules(name: str) -> Iterator[None]:
-    """Explains JAX's error if an optimizer reads the value of a traced hyperparameter, as some optax schedules do.
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raises ValueError unless `optimizer` is an optax transform.
 
     Args:
-      name: the argument that makes the optimizer, for the error message.
-
-    Returns:
-      A context manager for calls of the optimizer and of its factory.
+      name: the argument's name in the error message.
+      optimizer: the value to check.
 
     Raises:
-      ValueError: if the calls need the value of a traced array.
+      ValueError: if it has no `init` and `update`, as a rate has none.
     """
-    try:
-        yield
-    except NEEDS_A_VALUE as error:
-        raise ValueError(
-            f"`{name}` needs the concrete value of a hyperparameter (in `if`, `float`, `int` or NumPy), but JAX traces "
-            f"the hyperparameter, so it has no value. {SCHEDULES} In your own code "
-            f"use `jnp.where` instead of `if`. JAX: {str(error).splitlines()[0]}"
-        ) from error
-
-
-@contextlib.contextmanager
-def explained_tasks(task: Any) -> Iterator[None]:
-    """Explains Python's error if a rule reads the field of a task that is a dict.
-
-    Args:
-      task: the task, or a batch of tasks.
-
-    Returns:
-      A context manager for calls of the rule. Some rules (`hypergrad.direct`) take any task, so the type is not checked
-      before.
-
-    Raises:
-      ValueError: if the task is a mapping, and the calls read `train`, `valid` or `features` of a mapping.
-    """
-    try:
-        yield
-    except AttributeError as error:
-        if error.name not in base.Task._fields or not isinstance(error.obj, Mapping) or not isinstance(task, Mapping):
-            raise
-        raise ValueError(
-            f"A task must be a `base.Task(train=..., valid=...)`; got a {type(error.obj).__name__} with the keys "
-            f"{list(error.obj)}. If they are those of a `Task`, pass `base.Task(**task)`."
-        ) from error
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise ValueError(f"`{name}` must be an optax transform, such as `optax.adam(0.1)`; got {optimizer!r}.")
 
 
 def check_hyperparams(hyperparams: base.HyperParams) -> None:

@@ -27,6 +27,7 @@ LEVELS = [
     {"_jaxpr"},
     {
         "_checks",
+        "_explained",
         "_extras",
         "_files",
         "_heads",

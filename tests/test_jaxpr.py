@@ -213,6 +213,14 @@ NARROW = {  # a program of a vector in float32, and its value in NumPy
         lambda x: jax.scipy.sparse.linalg.cg(lambda v: jnp.asarray(MATRIX, x.dtype) @ v, x, tol=0.0, maxiter=9)[0],
         lambda x: np.linalg.solve(MATRIX.astype(np.float32).astype(float), x),
     ),
+    "a root": (
+        lambda x: jax.lax.custom_root(lambda u: 3 * u - x, x, lambda f, u: x / 3, lambda g, b: b / 3),
+        lambda x: x / 3,
+    ),
+    "a search": (
+        lambda x: x[jnp.searchsorted(jnp.array([0.5, 0.6], x.dtype), x)] + x[jnp.flatnonzero(x > 0.5, size=2)],
+        lambda x: x + x[[1, 0]],
+    ),
     "a scatter": (
         lambda x: jnp.zeros(2, x.dtype).at[jnp.array([1, 1])].add(x / 3),
         lambda x: np.array([0, x.sum() / 3]),

@@ -15,6 +15,8 @@ from metaopt._jaxpr._evaluate import evaluate, run_scan, run_while
 
 # Operations whose implementation has fixed types: foreign code, kernels, and programs for several devices.
 _FIXED = ("pure_callback", "io_callback", "debug_callback", "debug_print", "ffi_call", "pallas_call", "shard_map")
+# Opaque operations that read the bits of a number, and the same functions for any type.
+_OF_BITS = {"Frexp": jnp.frexp, "Ldexp": jnp.ldexp}
 _INLINED = (*_walk.CALLS, "checkpoint", "remat", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
@@ -88,6 +90,9 @@ def _wide_outputs(equation: Any, operands: list, wide_jaxpr: Callable, narrow: s
     name, params = equation.primitive.name, equation.params
     if name in _INLINED:
         return wide_jaxpr(_walk.called_jaxpr(equation))(*operands)
+    if name == _walk.OPAQUE:
+        of_bits = _OF_BITS.get(type(params["_prim"]).__name__)
+        return jax.tree.leaves(of_bits(*operands)) if of_bits else wide_jaxpr(_walk.expanded(equation))(*operands)
     if name == "cond":
         index, *rest = operands
         return jax.lax.switch(index, [wide_jaxpr(branch) for branch in params["branches"]], *rest)

@@ -9,6 +9,7 @@ from jax.extend import core
 
 CALLS = ("pjit", "jit", "closed_call")  # nested calls, for example of jnp functions
 CHECKPOINTS = ("checkpoint", "remat", "remat2")
+OPAQUE = "call_hi_primitive"  # a function of JAX that is one operation, since JAX 0.12.1, such as `lax.custom_root`
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
@@ -47,6 +48,9 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
     Returns:
       An iterator over jaxprs, without their constants.
     """
+    if equation.primitive.name == OPAQUE:
+        yield expanded(equation).jaxpr
+        return
     for value in equation.params.values():
         for leaf in value if isinstance(value, (tuple, list)) else (value,):
             jaxpr = getattr(leaf, "jaxpr", leaf)  # a closed jaxpr holds an open one
@@ -62,6 +66,13 @@ def contains(equation: Any, wanted: Callable[[Any], Any]) -> bool:
 def called_jaxpr(equation: Any) -> Any:
     """The closed jaxpr of a nested call."""
     return equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+
+
+def expanded(equation: Any) -> Any:
+    """The closed jaxpr of the function that an opaque operation computes."""
+    function = equation.params["_prim"]
+    flat = lambda *args: jax.tree.leaves(function.expand(*jax.tree.unflatten(function.in_tree, args)))
+    return jax.make_jaxpr(flat)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars))
 
 
 @contextlib.contextmanager

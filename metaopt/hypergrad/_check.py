@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, _jaxpr, base
+from metaopt import _checks, _explained, _jaxpr, base
 from metaopt._progress import report_progress
 from metaopt.hypergrad import _check_report, _slopes
 from metaopt.hypergrad._check_report import Check, LeafCheck
@@ -156,7 +156,7 @@ def evaluated(
 ) -> Point:
     """Computes the hypergradients at λ in float64, once, and prepares F as a function of λ; see `check`."""
     key = jax.random.key(0) if key is None else _checks.checked_key(key)
-    with _checks.explained_tasks(task):
+    with _explained.tasks(task):
         state = estimator.init(key, hyperparams, task)
     metrics = (
         {} if estimator.kind == "exact" else jax.eval_shape(estimator.estimate, hyperparams, task, state)[0].metrics

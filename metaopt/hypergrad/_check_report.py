@@ -123,7 +123,8 @@ def advice(
     sentences += [f"{leaf.path}: {leaf.note}." for leaf in leaves if leaf.status in ("right", "dead") and leaf.note]
     if metasmoothness < 0.5:
         sentences.append(
-            "F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or ES."
+            "F is rough at this radius: smaller outer steps, a smaller inner rate, fewer inner steps, or "
+            "`hypergrad.evolution`."
         )
     if float32_operations:
         sentences.append(f"Computed in float32, so that `rtol` is {rtol:g}: {'; '.join(float32_operations)}.")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaopt import _checks, base, spaces
+from metaopt import _checks, _explained, base, spaces
 from metaopt._progress import Report, report_progress
 from metaopt.hypergrad._perturbed_run import Steps, has_gradient, perturbed_run
 
@@ -116,7 +116,7 @@ def diagnose(
         return perturbed_run(problem, hyperparams, task, start_key, noise_key, num_steps, with_slopes)
 
     with report_progress(1 + (estimator is not None), None, unit="part") as report:
-        with report.compiling("the training run with a perturbation"), _checks.explained_tasks(task):
+        with report.compiling("the training run with a perturbation"), _explained.tasks(task):
             with_slopes = has_gradient(problem, hyperparams, task, start_key)
             compiled = jax.jit(perturbed).lower(hyperparams).compile()
         run = lambda hyperparams: _judged(*jax.tree.map(np.asarray, compiled(hyperparams)))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from metaopt import _checks, base
+from metaopt import _explained, base
 
 
 def direct(loss: Callable) -> base.Estimator:
@@ -57,10 +57,10 @@ def direct(loss: Callable) -> base.Estimator:
         loss_key, key = jax.random.split(state)
         try:
             value, hypergrad = jax.value_and_grad(loss)(hyperparams, task, loss_key)
-        except _checks.NEEDS_A_VALUE as error:
+        except _explained.NEEDS_A_VALUE as error:
             error.add_note(
                 "`loss` of `hypergrad.direct` reads the value of a traced array (in `if`, `float`, `int` or NumPy). "
-                f"JAX traces λ, the task and the key, so they have no values. {_checks.SCHEDULES}"
+                f"JAX traces λ, the task and the key, so they have no values. {_explained.SCHEDULES}"
             )
             raise
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key

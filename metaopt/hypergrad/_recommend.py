@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from metaopt import _checks, base, inner
+from metaopt import _checks, _explained, base, inner
 from metaopt._progress import report_progress
 from metaopt.hypergrad import (
     _check,
@@ -135,9 +135,10 @@ def _measured(rules: Mapping[str, base.Estimator], args: tuple, training: float)
             costs[name] = Cost(name, rule.kind, math.nan, operations / training, stochastic=stochastic)
         refused = len(rules) - len(lowered)
         with ThreadPoolExecutor() as pool:  # the compiler releases Python's lock
-            every = zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True)
-            for number, (name, compiled) in enumerate(every, start=1):
-                stats = compiled.memory_analysis()
+            programs = {name: pool.submit(low.compile) for name, low in lowered.items()}
+            for number, (name, program) in enumerate(programs.items(), start=1):
+                with report.during(f"compiling {name}", compiles=True):
+                    stats = program.result().memory_analysis()
                 if stats:  # some backends report none
                     costs[name] = costs[name]._replace(memory=stats.temp_size_in_bytes / 2**20)
                 cost = costs[name]
@@ -191,7 +192,7 @@ def recommend(
         batch = problem.outer_batch(key, task)
         return problem.outer_loss(loop.params(state), hyperparams, batch, loop.context(state))
 
-    with _checks.explained_tasks(task):
+    with _explained.tasks(task):
         training = _flops.flops(plain, hyperparams, task)
     rules = candidates(problem, hyperparams, num_steps) if rules is None else rules
     costs = list(_measured(rules, (hyperparams, task), training).values())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metaopt import _checks, _jaxpr, _schedule_free, _trees, base, transforms
+from metaopt import _checks, _explained, _jaxpr, _schedule_free, _trees, base, transforms
 from metaopt.inner import _cpu, _samplers
 
 _FACTORY = (
@@ -109,7 +109,7 @@ def _like(new: base.PyTree, old: base.PyTree) -> base.PyTree:
 def _transform(optimizer: Callable, zero: str, hyperparams: base.HyperParams) -> optax.GradientTransformationExtraArgs:
     """The optimizer for one λ, with finite derivatives at zero gradients."""
     try:
-        with _checks.explained_schedules("optimizer"):
+        with _explained.schedules("optimizer"):
             return transforms.differentiable(optimizer(hyperparams), zero=zero)
     except TypeError as error:
         error.add_note(f"{_FACTORY}.")
@@ -158,17 +158,8 @@ def _init(
         params, model_state = params
     _check_floating(params)
     params, model_state = _trees.strong((params, model_state))
-    with _checks.explained_schedules("optimizer"):
-        try:
-            opt_state = _trees.strong(transform(hyperparams).init(params))
-        except ValueError as error:
-            if "structure" in str(error):
-                error.add_note(
-                    "The optimizer cannot be initialized with these parameters. A mask or labels must have their "
-                    f"structure, {str(jax.tree.structure(params))[:300]}; or pass a function that makes them from "
-                    "the parameters."
-                )
-            raise
+    with _explained.schedules("optimizer"), _explained.structures(params):
+        opt_state = _trees.strong(transform(hyperparams).init(params))
     _schedule_free.check_is_last(opt_state)
     return LoopState(params, opt_state, model_state, key, jnp.zeros([], jnp.int32))
 
@@ -185,7 +176,7 @@ def _loss(
     """ℓ and the model state after the step."""
     try:
         value = loss(params, hyperparams, batch, *([context] if with_context else []))
-    except _checks.NEEDS_A_VALUE as error:
+    except _explained.NEEDS_A_VALUE as error:
         error.add_note(
             "The inner loss reads the value of a traced array (in `if`, `float`, `int` or NumPy). JAX traces λ, so "
             "it has no value: use `jnp.where` instead of `if`. flax's dropout compares its rate with 0, so the rate "
@@ -214,7 +205,7 @@ def _update(
     hyperparams: base.HyperParams,
 ) -> LoopState:
     """One step of the optimizer."""
-    with _checks.explained_schedules("optimizer"):
+    with _explained.schedules("optimizer"):
         optimizer = transform(hyperparams)
         opt_state = state.opt_state
         if _schedule_free.keeps_hyperparams(opt_state):

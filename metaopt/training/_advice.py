@@ -88,8 +88,9 @@ def _log_unmoved(run: Run, hyperparams: base.HyperParams) -> None:
         _log.warning(
             f"After {run.step} steps, these entries of λ still have their initial values: "
             f"{', '.join(names[:5])}{more}. Either their hypergradient was zero, for example because no loss, "
-            "optimizer or initialization uses them, or the outer optimizer did not move them. `hypergrad.check` names "
-            "the entries on which the outer loss does not depend."
+            "optimizer or initialization uses them, or the outer optimizer did not move them. The threshold of "
+            "`optax.clip_by_global_norm` has no derivative while it does not clip: use `transforms.learnable_clip`. "
+            "`hypergrad.check` names the entries on which the outer loss does not depend."
         )
 
 

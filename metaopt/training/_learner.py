@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from metaopt import _checks, _proposals, _tuned_space, base, spaces
+from metaopt import _checks, _explained, _proposals, _tuned_space, base, spaces
 from metaopt._trees import strong as _strong
 
 
@@ -122,6 +122,7 @@ def learner(
       that ended here) and `skipped` (0 or 1).
 
     Raises:
+      ValueError: if `optimizer` is not an optax transform.
       ValueError: at trace time, if a leaf of λ is not floating-point, or the tasks are empty or have invalid labels.
       TypeError: (by JAX) at trace time, if the shape of `done` is not a prefix of the shape of a leaf.
       AssertionError: at trace time, if the estimator violates its contract.
@@ -138,6 +139,7 @@ def learner(
       >>> print(state.hyperparams, metrics["value"])
       2.0 4.0
     """
+    _checks.check_optimizer("optimizer", optimizer)
     if isinstance(estimator, base.Estimator):
         # `init` needs the shapes of an estimate, and `step` its program: both come from one trace.
         shared = estimator._replace(estimate=_tuned_space.traced_once(estimator.estimate))
@@ -168,7 +170,7 @@ def _init(parts: _Parts, key: jax.Array, hyperparams: base.HyperParams, tasks: b
     hyperparams, tasks = check_hyperparams(hyperparams), check_tasks(tasks)
     init_key, key = jax.random.split(key)
     estimator = parts.estimator_at(jnp.int32(0))
-    with _checks.explained_tasks(tasks):
+    with _explained.tasks(tasks):
         estimator_state = _strong(estimator.init(init_key, hyperparams, tasks))
         estimate, _ = jax.eval_shape(estimator.estimate, hyperparams, tasks, estimator_state)
     done = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), estimate.done)

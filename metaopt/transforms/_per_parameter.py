@@ -236,8 +236,9 @@ def _check_uncoupled(optimizer, labels, updates, params, extra_args):
             raise ValueError(
                 f"The hyperparameters must be one value for all parameters here: the update of the group {group!r} "
                 f"depends on that of {sorted(others)[0]!r} (for example through a global norm), so groups "
-                "cannot be updated separately. Chain transforms that need all parameters outside: "
-                "`optax.chain(optax.clip_by_global_norm(1.0), transforms.per_parameter(optax.adamw)(...))`."
+                "cannot be updated separately. Wrap only the transforms that need no other parameters, such as "
+                "`optax.adamw`. Chain transforms that need all parameters outside: "
+                "`optax.chain(optax.clip_by_global_norm(1.0), adamw_of_groups)`."
             )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _jaxpr, _trees, base
+from metaopt import _checks, _explained, _jaxpr, _trees, base
 from metaopt._jaxpr import Tracer
 from metaopt.transforms import _tuned_steps
 from metaopt.transforms._tuned_steps import SelfTuningState, Settings, cast_like, check_like, gradient
@@ -168,6 +168,7 @@ def self_tuning(
 
     Raises:
       TypeError: in `update`, if the name of an argument is nearly one of those above.
+      ValueError: if `tuner` is not an optax transform.
       ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
       ValueError: if `gap` is negative, or `discount` is not in [0, 1].
       ValueError: if λ is not of finite real numbers, or not positive although the rule requires it.
@@ -212,6 +213,7 @@ def self_tuning(
             f'Use `mode="forward"` for `rule="cosine"` or a `discount`; got `rule={rule!r}` and `discount={discount}`.'
         )
     _check_values("`hyperparams`", hyperparams, rule)
+    _checks.check_optimizer("tuner", tuner)
     settings = Settings(
         factory,
         hyperparams,
@@ -251,7 +253,8 @@ def _init(settings: Settings, params: base.Params) -> SelfTuningState:
     start = _projected(settings, jax.tree.map(copied, settings.start))
     if settings.projection_fn is not None:
         _check_values("The results of `projection_fn`", start, settings.rule)
-    inner = jax.tree.map(jnp.asarray, _tuned_steps.make_optimizer(settings.factory, start).init(params))
+    with _explained.structures(params):
+        inner = jax.tree.map(jnp.asarray, _tuned_steps.make_optimizer(settings.factory, start).init(params))
     if settings.mode == "reverse":  # copies, so that the buffers of both may be donated to a program
         last = (optax.tree.zeros_like(params), *jax.tree.map(jnp.copy, (inner, params)))
     else:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _trees, base
+from metaopt import _explained, _trees, base
 from metaopt.transforms._differentiable import differentiable
 
 
@@ -48,7 +48,7 @@ class SelfTuningState(NamedTuple):
 def make_optimizer(factory: Callable, hyperparams: base.HyperParams) -> optax.GradientTransformationExtraArgs:
     """The optimizer for one λ, with finite derivatives at zero gradients."""
     try:
-        with _checks.explained_schedules("factory"):
+        with _explained.schedules("factory"):
             return differentiable(factory(hyperparams))
     except TypeError as error:
         error.add_note(
@@ -67,7 +67,7 @@ def run(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, optax.OptState]:
     """u and the next state of the optimizer, as arrays, since some states hold a Python number."""
-    with _checks.explained_schedules("factory"):
+    with _explained.schedules("factory"):
         outputs = make_optimizer(factory, hyperparams).update(updates, inner, params, **extra_args)
         return jax.tree.map(jnp.asarray, outputs)
 

@@ -49,3 +49,9 @@ def test_flops_of_convolutions():
     tasks = [jnp.stack([a] * 3) for a in arguments]
     forward = lambda k, x: inner.im2col(lambda x, k: convolve(x, k, 1))(x, k)
     assert hypergrad.flops(jax.vmap(forward), *tasks, products_only=True) == 3 * 2 * 80 * 18
+
+
+def test_the_operations_of_a_root_are_counted_inside():
+    a = jnp.eye(100)
+    root = lambda b: jax.lax.custom_root(lambda u: u - b, b, lambda f, u: a @ u, lambda g, y: y)
+    assert 20_000 <= hypergrad.flops(root, jnp.ones(100)) < 80_000

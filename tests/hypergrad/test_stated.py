@@ -275,7 +275,7 @@ ON_THE_WAY = {
     ),
     "sama": (partial(hypergrad.sama, num_steps=2), BOTH, 2, lambda: sama(4), 1e-5, 3e-1),
     "f2sa": (
-        partial(hypergrad.f2sa, num_steps=4, multiplier=5.0), PENALTIES, 1, lambda: f2sa(4, 5.0), 1e-6, 2e-1,
+        partial(hypergrad.f2sa, num_steps=4, multiplier=5.0), PENALTIES, 1, lambda: f2sa(4, 5.0), 2e-6, 2e-1,
     ),
     "bome": (partial(hypergrad.bome, num_steps=5, barrier=2.0), PENALTIES, 2, lambda: bome(5, 2.0, 2), 1e-6, 2e-2),
     "hypergradient_descent": (

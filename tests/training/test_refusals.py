@@ -108,6 +108,10 @@ REFUSALS = [
         r"`sample_tasks`, a function `\(key\).* got Learner and Task\. For",
     ),
     (fit_swapped, "The first arguments of `fit` are `learner`.* got function and Learner"),
+    (
+        lambda: training.learner(QUADRATIC, 0.1),
+        r"`optimizer` must be an optax transform, such as `optax.adam\(0.1\)`; got 0.1",
+    ),
     (lambda: fit(key=3), r"`key` must be a random key, such as `jax.random.key\(3\)`; got 3"),
     (
         lambda: fit(callback="run.jsonl"),

@@ -115,6 +115,14 @@ REFUSED = [
         r"must fit into `num_steps`; got 4.0 \+ 2.5 of 6.0",
     ),
     # Optimizers that tune themselves.
+    (
+        lambda: transforms.self_tuning(optax.sgd, 0.1, 0.3),
+        r"`tuner` must be an optax transform, such as `optax.adam\(0.1\)`; got 0.3",
+    ),
+    (
+        lambda: transforms.self_tuning(lambda hp: optax.masked(optax.sgd(hp), {"a": True}), 0.1, SGD).init(PARAMS),
+        "mask or labels must have their structure",
+    ),
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, rule="exact"), "`rule` must be \"additive\".*got 'exact'"),
     (lambda: transforms.self_tuning(optax.sgd, 0.1, SGD, mode="both"), "`mode` must be \"forward\" or.*got .*'both'"),
     *(
