@@ -8,6 +8,7 @@ import numpy as np
 def init_head(key: jax.Array, num_features: int, num_hidden: int, center: jax.Array) -> dict[str, jax.Array]:
     """Returns weights with which the output is `center` for all features."""
     num_outputs = center.shape[0]
+    num_hidden = num_hidden if num_features else 0  # without features, the hidden layer would stay at zero
     weights = jax.random.normal(key, (num_features, num_hidden), center.dtype) / np.sqrt(max(num_features, 1))
     return {
         "center": center,

@@ -40,7 +40,8 @@ def argmin(
         function that JAX can trace; no derivative passes through it. By default it is optax's L-BFGS with its line
         search.
       num_steps: the largest number of steps of the default solver, at least 1.
-      tol: the default solver ends when the norm of the gradient is below it; positive.
+      tol: the default solver ends when the norm of the gradient is below it; positive. If `num_steps` end first, no
+        warning is given: check `optax.tree.norm(jax.grad(loss)(params, hyperparams, data))` at the returned point.
       solver: the solver of the linear system, whose matrix is symmetric; by default
         `hypergrad.cg(num_steps=100, tol=min(1e-6, tol))`, also with `minimize`. (`hypergrad.cg()` takes at most 20
         steps.)
