@@ -65,6 +65,23 @@ def check_positive(name: str, value: Any, *, zero: bool = False, optional: bool 
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
+def check_problem(problem: Any) -> None:
+    """Checks that a problem has an inner loop.
+
+    Args:
+      problem: the argument `problem`.
+
+    Raises:
+      ValueError: if it is not a `base.Problem`, for example an estimator or a loss.
+    """
+    if not isinstance(problem, base.Problem):
+        raise ValueError(
+            f"`problem` must be a `base.Problem`, such as that of `inner.problem`; got {type(problem).__name__}. "
+            "A loss that trains in a loop of its own has no such problem: use `hypergrad.check` with the estimator of "
+            "`hypergrad.direct`."
+        )
+
+
 def named(options: Mapping[str, Any], key: str, name: str) -> Any:
     """`options[key]`; the KeyError of an unknown key lists the names of the options.
 

@@ -1,11 +1,12 @@
 """The command `metaopt`: models for CSV files, and a check of this machine.
 
 Exit codes: 0 success, 1 an error that the message explains, 2 wrong arguments, 3 `doctor` found a wrong gradient,
-4 `predict --strict` found warnings about the data.
+4 `predict --strict` found warnings about the data, 130 Ctrl-C.
 """
 
 import argparse
 import csv
+import difflib
 import os
 import shlex
 import sys
@@ -23,9 +24,17 @@ _EXAMPLES = """examples:
   metaopt leaderboard model.npz
   metaopt doctor
 
-exit codes: 0 success, 1 an error, 2 wrong arguments, 3 a wrong gradient (doctor), 4 warnings (predict --strict)
+exit codes: 0 success, 1 error, 2 wrong arguments, 3 wrong gradient (doctor), 4 warnings (predict --strict), 130 Ctrl-C
 """
 
+_OPTIONS = {
+    "eval_metric": "--metric",
+    "groups": "--groups",
+    "models": "--models",
+    "score_": "the score",
+    "time": "--order",
+    "time_limit": "--time",
+}  # by the names of arguments
 _MOST_CLASSES = 20  # a target of whole numbers with more different values is numeric
 
 
@@ -47,9 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Otherwise Python writes the rest of the output when it exits, and reports the error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("metaopt: ended by Ctrl-C; nothing was written.", file=sys.stderr)
+        return 130
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"metaopt: {error}", file=sys.stderr)
+        print(f"metaopt: {_with_options(str(error))}", file=sys.stderr)
         return 1
+
+
+def _with_options(text: str) -> str:
+    """A message of the library, with the options of the command line in place of the names of arguments."""
+    for name, option in _OPTIONS.items():
+        text = text.replace(f"`{name}`", f"`{option}`")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,11 +163,15 @@ def _add_score(commands: Any) -> None:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    import numpy as np
+
     from metaopt import _saving, automl
 
     _require_packages()
     _check_out(options.out, options.data)  # before the long fit
     frame = _read(options.data)
+    if not len(frame):
+        raise ValueError(f"{options.data} has no rows below its header.")
     special = [name for name in (options.target, options.groups, options.order) if name is not None]
     _check_columns(options.data, frame, [*special, *options.drop])
     features = frame.drop(columns=[*special, *options.drop])
@@ -175,6 +198,8 @@ def _fit(options: argparse.Namespace) -> int:
         counts = target.value_counts()
         shown = ", ".join(f"{label} {count}" for label, count in counts.head(_MOST_CLASSES).items())
         print(f"rows of each class: {shown}{', ...' if len(counts) > _MOST_CLASSES else ''}")
+        shares = counts / len(target)
+        print(f"a prediction of these shares for every row has the log loss {-(shares * np.log(shares)).sum():.4g}")
     _print_models(model, report=True)
     print(f"written to {options.out}")
     return 0
@@ -286,7 +311,7 @@ def _print_models(model: Any, *, report: bool) -> None:
     """
     metric = model._metric()
     if report and len(model.report_):
-        print(model.report_.to_string(index=False))
+        print(_with_options(model.report_.to_string(index=False)))
     _print_table(model.leaderboard_)
     if report and model.not_fitted_:
         names: dict[str, list[str]] = {}  # by reason
@@ -328,7 +353,10 @@ def _check_out(out: Path, *inputs: Path) -> None:
 def _check_columns(path: Path, frame: Any, names: Sequence[str]) -> None:
     for name in names:
         if name not in frame.columns:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.")
+            by_letters = {str(column).strip().casefold(): column for column in frame.columns}
+            close = difflib.get_close_matches(name.strip().casefold(), by_letters, n=1)
+            meant = f" Did you mean {by_letters[close[0]]!r}?" if close else ""
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(str, frame.columns))}.{meant}")
 
 
 def _read_rows(path: Path, model: Any, special: Sequence[str] = (), texts: Collection[str] = ()) -> Any:
@@ -369,6 +397,7 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
     # Of equal fits, `max` returns the first one. The comma is last, because it may be in numbers, too.
     fit_by_delimiter = {delimiter: _fit_of_delimiter(start[num_blank:], delimiter) for delimiter in ";\t|,"}
     separator = max(fit_by_delimiter, key=fit_by_delimiter.__getitem__)
+    _check_header(path, next(csv.reader(start[num_blank:], delimiter=separator), []))
     options = {"sep": separator, "keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
     options |= {"low_memory": False, "dtype": dict.fromkeys(texts, str), "skiprows": num_blank}
     try:
@@ -382,6 +411,13 @@ def _read(path: Path, texts: Collection[str] = ()) -> Any:
         raise ValueError(f"{path} is not a CSV file with a header: {error}.") from error
     frame.attrs["decimal"] = "," if separator == ";" else "."  # of numbers such as 1,065
     return frame
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raises ValueError if two columns have the same name: pandas would rename the second one without a message."""
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{path} has more than one column with the name {twice[0]!r}: rename or remove one of them.")
 
 
 def _fit_of_delimiter(lines: Sequence[str], delimiter: str) -> tuple[bool, bool, int, int]:

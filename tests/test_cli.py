@@ -13,7 +13,7 @@ import pytest
 from sklearn import datasets, linear_model
 
 import metaopt
-from metaopt import _cli, _doctor
+from metaopt import _cli, _doctor, automl
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,8 @@ def files(tmp_path_factory):
     frame.iloc[::2].to_csv(folder / "train.csv", index=False, sep=";")
     frame.iloc[1::2].drop(columns="target").to_csv(folder / "new.csv", index=False)
     (folder / "empty.csv").write_text("")
+    (folder / "header.csv").write_text("x,target\n")
+    (folder / "twice.csv").write_text("x,x,y\n1,2,a\n2,3,b\n")
     return folder, frame.iloc[1::2]["target"].to_numpy()
 
 
@@ -32,7 +34,9 @@ def test_fit_predict_and_leaderboard(files, capsys):
     model = str(folder / "model.npz")
     train = [str(folder / "train.csv"), "--target", "target", "--out", model]
     assert _cli.main(["fit", *train, "--time", "0.001"]) == 0
-    assert "classification of 'target' from 4 columns and 75 rows" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "classification of 'target' from 4 columns and 75 rows" in printed
+    assert "has the log loss 1.099" in printed  # log 3: the classes have equal shares
     out = folder / "predicted.csv"
     assert _cli.main(["predict", model, str(folder / "new.csv"), "--out", str(out)]) == 0
     predicted = pd.read_csv(out, keep_default_na=False)
@@ -55,8 +59,11 @@ def test_fit_predict_and_leaderboard(files, capsys):
         (["fit", "empty.csv", "--target", "y", "--out", "m.npz"], "is not a CSV file with a header"),
         (
             ["fit", "train.csv", "--target", "target", "--out", "m.npz", "--metric", "f1"],
-            "`eval_metric` must be one of",
+            "`--metric` must be one of",
         ),
+        (["fit", "train.csv", "--target", "Target ", "--out", "m.npz"], "Did you mean 'target'?"),
+        (["fit", "header.csv", "--target", "target", "--out", "m.npz"], "header.csv has no rows below its header"),
+        (["fit", "twice.csv", "--target", "y", "--out", "m.npz"], "more than one column with the name 'x'"),
         (
             ["fit", "train.csv", "--target", "target", "--out", "m.npz", "--models", "linear", "svm"],
             "`models` must be among network, linear, extra_trees,",
@@ -68,6 +75,18 @@ def test_errors_give_code_1_and_a_sentence(arguments, message, files, capsys, mo
     monkeypatch.chdir(files[0])
     assert _cli.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_gives_code_130_and_a_sentence(files, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    folder, _ = files
+    monkeypatch.setattr(automl.AutoClassifier, "fit", interrupted)
+    out = folder / "interrupted.npz"
+    assert _cli.main(["fit", str(folder / "train.csv"), "--target", "target", "--out", str(out)]) == 130
+    assert "ended by Ctrl-C; nothing was written" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_wrong_arguments_give_code_2(capsys):

@@ -93,6 +93,19 @@ def _one_per_row(values, num_rows: int, name: str) -> np.ndarray:
     return values
 
 
+def log_similar_labels(classes: np.ndarray) -> None:
+    """Logs a warning if two labels are texts that differ only in spaces at their ends or in capitals."""
+    first: dict[str, str] = {}
+    for label in filter(lambda label: isinstance(label, str), classes.tolist()):
+        other = first.setdefault(label.strip().casefold(), label)
+        if other != label:
+            _log.warning(
+                f"The labels {other!r} and {label!r} of the target differ only in spaces or capitals, and count as two "
+                "classes. If they mean the same, make them equal: `y = y.str.strip()`."
+            )
+            return
+
+
 def group_codes(values, num_rows: int) -> np.ndarray:
     values = _one_per_row(values, num_rows, "groups")
     if values.dtype != object:

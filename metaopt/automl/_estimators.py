@@ -371,9 +371,9 @@ class AutoClassifier(ClassifierMixin, _AutoEstimator):
                 check_classification_targets(y)
             self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(
-                f"The target has one class, {self.classes_.tolist()[0]!r}: a classifier needs at least two."
-            )
+            label = self.classes_.tolist()[0]
+            raise ValueError(f"The target has one class, {label!r}: a classifier needs at least two.")
+        _arguments.log_similar_labels(self.classes_)
         return codes
 
     def _target_codes(self, y: np.ndarray) -> np.ndarray:

@@ -102,11 +102,12 @@ def diagnose(
       finding.
 
     Raises:
-      ValueError: if `num_steps < 2`, `key` is not a random key, λ does not fit `space`, or the task is a dict or has
-        labels outside its classes.
+      ValueError: if `problem` is not a `base.Problem`, `num_steps < 2`, `key` is not a random key, λ does not fit
+        `space`, or the task is a dict or has labels outside its classes.
 
     Source: Metz et al., ICML 2019, https://arxiv.org/abs/1810.10180, on chaos and on smaller steps as the remedy.
     """
+    _checks.check_problem(problem)
     _checks.check_integer("num_steps", num_steps, 2)  # the loss of one step cannot fall
     _checks.check_task_labels("task", task)
     key = jax.random.key(0) if key is None else _checks.checked_key(key)

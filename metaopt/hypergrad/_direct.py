@@ -34,8 +34,8 @@ def direct(loss: Callable) -> base.Estimator:
 
     Raises:
       TypeError: at trace time, from JAX, if the loss is not a floating-point scalar.
-      TypeError: at trace time, from JAX with a note, if the loss reads the value of λ, the task or the key (in `if`,
-        `float`, `int` or NumPy), as some optax schedules do.
+      ValueError: at trace time, if the loss reads the value of λ, the task or the key (in `if`, `float`, `int` or
+        NumPy), as some optax schedules do.
 
     >>> import jax
     >>> from metaopt import hypergrad
@@ -58,11 +58,11 @@ def direct(loss: Callable) -> base.Estimator:
         try:
             value, hypergrad = jax.value_and_grad(loss)(hyperparams, task, loss_key)
         except _explained.NEEDS_A_VALUE as error:
-            error.add_note(
+            raise ValueError(
                 "`loss` of `hypergrad.direct` reads the value of a traced array (in `if`, `float`, `int` or NumPy). "
-                f"JAX traces λ, the task and the key, so they have no values. {_explained.SCHEDULES}"
-            )
-            raise
+                f"JAX traces λ, the task and the key, so they have no values. {_explained.SCHEDULES} JAX: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         return base.Estimate(value, hypergrad, jnp.array(True), {}), key
 
     return base.Estimator(init, estimate, kind="exact")

@@ -180,8 +180,10 @@ def recommend(
       one sentence, and `costs` has, for every rule, the `memory` in MiB and the `flops` in multiples of plain training.
 
     Raises:
-      ValueError: if a leaf of λ is not floating-point, or no rule can handle the problem within `max_memory`.
+      ValueError: if `problem` is not a `base.Problem`, a leaf of λ is not floating-point, or no rule can handle
+        the problem within `max_memory`.
     """
+    _checks.check_problem(problem)
     _checks.check_hyperparams(hyperparams)
     key = jax.random.key(0)
     loop = problem.loop

@@ -192,6 +192,6 @@ def check_genotype(network: Space, genotype: Genotype) -> None:
         for s, t, op in genotype[kind]:
             if op not in candidates.get((s, t), ()):
                 raise ValueError(f"The network has no op {op!r} on the edge {s} -> {t} of {kind!r}.")
-        twice = len({edge[:2] for edge in genotype[kind]}) < len(genotype[kind])
+        twice = len({tuple(edge[:2]) for edge in genotype[kind]}) < len(genotype[kind])
         if twice or (isinstance(network, ElasticNetwork) and not genotype[kind]):
             raise ValueError(f"The genotype has {'an edge twice' if twice else 'no size'} for {kind!r}.")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from metaopt import _files, _saving
+from metaopt import _checks, _files, _saving
 from metaopt.tasks._class_sources import Source, check_names
 
 
@@ -148,11 +148,12 @@ def select(
     sources = [sources] if isinstance(sources, Source) else sources  # a `Source` is a tuple, too
     sources = list(sources.values() if isinstance(sources, Mapping) else sources)
     by_name = dict(zip(check_names(sources), sources, strict=True))
-    for name in split[part]:
+    chosen_part = _checks.named(split, part, "`part`")
+    for name in chosen_part:
         _check_disjoint(split, by_name[name])
     return [
         by_name[name].keep(classes=chosen.get("classes"), rows=chosen.get("rows"))
-        for name, chosen in split[part].items()
+        for name, chosen in chosen_part.items()
     ]
 
 

@@ -63,6 +63,30 @@ def log_of_tasks(tasks: base.PyTree) -> None:
             )
 
 
+def log_bounds(space: base.PyTree | None, hyperparams: base.HyperParams, run: Run) -> None:
+    """Logs the numbers of λ that are at a bound of their range after a run.
+
+    Args:
+      space: the space of λ; without it, nothing is logged.
+      hyperparams: λ after the run, in natural units.
+      run: the run. Without a finite step, nothing is logged.
+    """
+    if space is None or not run.step or sum(run.history["skipped"]) == run.step:
+        return
+    reached = jax.tree_util.tree_leaves_with_path(spaces.at_bounds(space, hyperparams))
+    pairs = zip(reached, jax.tree.leaves(space), strict=True)
+    # A choice is expected to end at one of its labels.
+    paths = [path for (path, at), leaf in pairs if hasattr(leaf, "low") and np.any(at)]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") or "hyperparams" for path in paths]
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        _log.warning(
+            f"After the last step, these entries of λ are at a bound of their range: {', '.join(names[:5])}{more}. "
+            "Either the best value is outside, or the rate of the outer optimizer is so large that λ has jumped to the "
+            "bound. Widen the range, or use a smaller rate."
+        )
+
+
 def _numbers(data: base.Data) -> dict[str, np.ndarray]:
     """The arrays of real numbers by the names of their paths, of those that this process holds."""
     leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(data)]

@@ -248,6 +248,7 @@ def fit(
             raise
         _save(checkpoints, run, steps, report, eval_every)
     result = _result(run, evaluate, space, stopped)
+    _advice.log_bounds(space, result.hyperparams, run)
     _raise_if_ended_early(received[0] if received else signal_number, run, result, num_steps, checkpoints)
     return result
 

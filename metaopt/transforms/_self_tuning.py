@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt import _checks, _explained, _jaxpr, _trees, base
+from metaopt import _checks, _explained, _jaxpr, _trees, base, spaces
 from metaopt._jaxpr import Tracer
 from metaopt.transforms import _tuned_steps
 from metaopt.transforms._tuned_steps import SelfTuningState, Settings, cast_like, check_like, gradient
@@ -168,7 +168,7 @@ def self_tuning(
 
     Raises:
       TypeError: in `update`, if the name of an argument is nearly one of those above.
-      ValueError: if `tuner` is not an optax transform.
+      ValueError: if `factory` is not a function, or `tuner` is not an optax transform.
       ValueError: if `rule` or `mode` is unknown, or `mode="reverse"` is given with a `discount` or `rule="cosine"`.
       ValueError: if `gap` is negative, or `discount` is not in [0, 1].
       ValueError: if λ is not of finite real numbers, or not positive although the rule requires it.
@@ -212,6 +212,11 @@ def self_tuning(
             '`mode="reverse"` differentiates only the last step, and does not compute ‖∂u/∂λ_i‖ for each entry of λ. '
             f'Use `mode="forward"` for `rule="cosine"` or a `discount`; got `rule={rule!r}` and `discount={discount}`.'
         )
+    if not callable(factory):
+        raise ValueError(
+            "`factory` must be a function of λ that returns an optax transform, such as "
+            f"`lambda hp: optax.adamw(hp['rate'])`; got a {type(factory).__name__}."
+        )
     _check_values("`hyperparams`", hyperparams, rule)
     _checks.check_optimizer("tuner", tuner)
     settings = Settings(
@@ -232,6 +237,9 @@ def self_tuning(
 
 def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
     """Raises ValueError for values that are not finite and real, or not positive although a rule moves logarithms."""
+    hint = ""
+    if isinstance(hyperparams, spaces.Unconstrained):
+        hint = ' The coordinates of a space may be negative: pass `rule="additive"`.'
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if isinstance(leaf, Tracer):
             continue
@@ -241,8 +249,19 @@ def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
         if not finite or (rule != "additive" and not np.all(value > 0)):
             raise ValueError(
                 f'{name} must be finite real numbers, and positive unless `rule` is "additive", since the other rules '
-                f"move logarithms; got {leaf!r} at {jax.tree_util.keystr(path) or 'the root'}."
+                f"move logarithms; got {leaf!r} at {jax.tree_util.keystr(path) or 'the root'}.{hint or _hint(leaf)}"
             )
+
+
+def _hint(leaf: Any) -> str:
+    """What to pass instead of a leaf that is not a number."""
+    if isinstance(leaf, spaces.Leaf):
+        return (
+            ' Instead of a space, pass `spaces.to_unconstrained(space, spaces.default(space))` and `rule="additive"`.'
+        )
+    if callable(leaf):
+        return " A schedule belongs into `factory`: `lambda hp: optax.adamw(lambda n: hp['rate'] * schedule(n))`."
+    return ""
 
 
 def _init(settings: Settings, params: base.Params) -> SelfTuningState:
@@ -379,7 +398,8 @@ def _check_params(params: base.Params, updates: optax.Updates, *, needs_all: boo
             "`self_tuning` sees only some of the parameters. Put it outside: "
             "`self_tuning(lambda hp: optax.multi_transform({...: optax.adam(hp[...])}, labels), ...)`."
         )
-    check_like("the parameters, the third argument of `update`,", params, updates, real=False)
+    hint = {} if params is not None else {"hint": " Call `update(grads, state, params)`."}
+    check_like("the parameters, the third argument of `update`,", params, updates, real=False, **hint)
 
 
 def _check_effect(

@@ -153,6 +153,11 @@ def reverse_signal(
 
 def gradient(name: str, grad_fn: Callable, params: base.Params, updates: optax.Updates) -> base.Params:
     """The result of the caller's gradient function, for the leaves whose updates have a derivative."""
+    if not callable(grad_fn):
+        raise ValueError(
+            f"`{name}` must be a function `params -> gradient`, such as "
+            f"`lambda params: jax.grad(loss)(params, batch)`; got a {type(grad_fn).__name__}."
+        )
     grads = grad_fn(params)
     check_like(f"the result of `{name}`", grads, updates)
     return jax.tree.map(lambda x, u: jnp.asarray(x) if _trees.is_inexact(u) else None, grads, updates)
