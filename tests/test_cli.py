@@ -66,7 +66,7 @@ def test_fit_predict_and_leaderboard(files, capsys):
         (["fit", "twice.csv", "--target", "y", "--out", "m.npz"], "more than one column with the name 'x'"),
         (
             ["fit", "train.csv", "--target", "target", "--out", "m.npz", "--models", "linear", "svm"],
-            "`models` must be among network, linear, extra_trees,",
+            "`--models` must be among network, linear, extra_trees,",
         ),
         (["predict", "train.csv", "new.csv"], "is not a file that `metaopt.save` wrote"),
     ],
