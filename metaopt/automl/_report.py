@@ -23,8 +23,8 @@ def report_frame(
     """The notes of an encoder and of rows, and the columns that may be leaks or groups: column, action and reason."""
     leak = "predicts the target almost perfectly: is it known before the target is?"
     group = (
-        "may name groups: rows with equal values are equal in other columns, too. If they belong together, such as "
-        "visits of a patient, pass this column as `groups`"
+        "may name groups: rows with the same value here also agree in other columns. If such rows belong together, "
+        "such as visits of a patient, pass this column as `groups`"
     )
     suspected = [(name, "suspected", reason) for names, reason in ((leaks, leak), (groups, group)) for name in names]
     notes = [*encoder.notes, *suspected, *(("", action, reason) for action, reason in rows)]
@@ -52,7 +52,11 @@ def notes_of_rows(
     notes = (
         (len(weight) - num_used, "left out", "of {} rows because their weight is 0"),
         (num_copies, "kept together", "of {} rows equal other rows, and are in the same part of each split as these"),
-        (num_trained, "not scored", "of {} rows only train models, so `score_` and the weights do not depend on them"),
+        (
+            num_trained,
+            "not scored",
+            "of {} rows are only used to train models: they do not enter `score_` and the weights of the models",
+        ),
     )
     totals = (len(weight), num_used, len(rows.y))
     order = []

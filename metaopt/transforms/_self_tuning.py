@@ -237,9 +237,11 @@ def self_tuning(
 
 def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
     """Raises ValueError for values that are not finite and real, or not positive although a rule moves logarithms."""
-    hint = ""
-    if isinstance(hyperparams, spaces.Unconstrained):
-        hint = ' The coordinates of a space may be negative: pass `rule="additive"`.'
+    if isinstance(hyperparams, spaces.Unconstrained) and rule != "additive":
+        raise ValueError(
+            f'{name} are coordinates of a space, which may be negative, and `rule="{rule}"` moves logarithms: pass '
+            '`rule="additive"`.'
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(hyperparams):
         if isinstance(leaf, Tracer):
             continue
@@ -249,7 +251,7 @@ def _check_values(name: str, hyperparams: base.HyperParams, rule: str) -> None:
         if not finite or (rule != "additive" and not np.all(value > 0)):
             raise ValueError(
                 f'{name} must be finite real numbers, and positive unless `rule` is "additive", since the other rules '
-                f"move logarithms; got {leaf!r} at {jax.tree_util.keystr(path) or 'the root'}.{hint or _hint(leaf)}"
+                f"move logarithms; got {leaf!r} at {jax.tree_util.keystr(path) or 'the root'}.{_hint(leaf)}"
             )
 
 

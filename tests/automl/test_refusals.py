@@ -112,3 +112,11 @@ def test_messages_about_times_have_the_name_of_their_column(caplog):
     automl.AutoRegressor(**QUICK).fit(X, X["a"], time="Datum")
     (message,) = [message for message in caplog.messages if "ambiguous" in message]
     assert message.startswith("the column 'Datum' is changed: it is text that holds dates, read as month-day-year")
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_warnings"), [(["a", "b "], 0), (["a", "a "], 1), (["Yes", "yes"], 1), ([0, 1], 0)]
+)
+def test_labels_that_differ_only_in_spaces_or_capitals_are_warned_of(labels, num_warnings, caplog):
+    fit(X=np.arange(40.0).reshape(20, 2), y=np.array(labels * 10))
+    assert sum("differ only in spaces or capitals" in record.message for record in caplog.records) == num_warnings

@@ -63,7 +63,7 @@ def test_the_report_counts_the_rows_that_are_not_used_as_they_are(tmp_path):
     weight[[20, 30, 40]] = 0
     left_out = ("left out", "3 of 65 rows because their weight is 0")
     together = ("kept together", "5 of 62 rows equal other rows, and are in the same part of each split as these")
-    not_scored = "{} rows only train models, so `score_` and the weights do not depend on them"
+    not_scored = "{} rows are only used to train models: they do not enter `score_` and the weights of the models"
     model = automl.AutoRegressor(**QUICK).fit(x, y, sample_weight=weight)
     metaopt.save(tmp_path / "model.npz", model)
     for each in (model, metaopt.load(tmp_path / "model.npz")):

@@ -59,6 +59,5 @@ def test_an_optax_schedule_that_reads_its_peak_is_explained():
         return optax.warmup_cosine_decay_schedule(0.0, hyperparams, 2, 8)(4)
 
     estimator = hypergrad.direct(trained_loss)
-    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+    with pytest.raises(ValueError, match="reads the value of a traced array.*`transforms.cosine_schedule`"):
         jax.jit(estimator.estimate)(0.1, None, estimator.init(KEY, 0.1, None))
-    assert any("use `transforms.cosine_schedule`" in note for note in raised.value.__notes__)

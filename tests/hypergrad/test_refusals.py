@@ -234,6 +234,8 @@ REFUSALS = [
     (lambda: hypergrad.diagnose(RIDGE, LAM, TASK, num_steps=2, key=7), r"such as `jax.random.key\(7\)`; got 7"),
     (lambda: hypergrad.diagnose(RIDGE, LAM, TASK._asdict(), num_steps=2), r"a dict with the keys \['train', 'valid'"),
     (lambda: hypergrad.recommend(RIDGE, LAM, TASK._asdict(), num_steps=2), r"pass `base.Task\(\*\*task\)`"),
+    (lambda: hypergrad.recommend(ONE_STEP, LAM, TASK, num_steps=2), "must be a `base.Problem`.*; got Estimator"),
+    (lambda: hypergrad.diagnose(ONE_STEP, LAM, TASK, num_steps=2), "must be a `base.Problem`.*; got Estimator"),
     (lambda: hypergrad.check(IMPLICIT(RIDGE), LAM, TASK._asdict()), r"pass `base.Task\(\*\*task\)`"),
     (lambda: check(key=0), r"`key` must be a random key, such as `jax.random.key\(0\)`; got 0"),
     (lambda: check(num_directions=0), "`num_directions` must be at least 1; got 0"),

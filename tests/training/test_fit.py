@@ -743,3 +743,16 @@ def warnings_of_data(train, valid, caplog):
 def test_equal_data_and_different_units_are_warned_of(train, valid, message, caplog):
     messages = warnings_of_data(train, valid, caplog)
     assert [message in text for text in messages] == [True] * (message is not None)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(50.0, ["a"]), (0.1, [])])
+def test_entries_at_a_bound_after_the_last_step_are_named(rate, expected, caplog):
+    space = {"a": spaces.interval(0.0, 1.0), "b": spaces.choice(["x", "y"])}
+    loss = lambda z, task, key: (
+        (spaces.to_constrained(space, z)["a"] - 0.9) ** 2 + spaces.to_constrained(space, z)["b"][0]
+    )
+    start = spaces.default(space) | {"b": jnp.array([0.001, 0.999])}  # a choice may end at one of its labels
+    learner = training.learner(hypergrad.direct(loss), optax.sgd(rate))
+    fit(learner, hyperparams=start, space=space, progress=False)
+    messages = [record.message for record in caplog.records if "at a bound of their range" in record.message]
+    assert [message.split("range: ")[1].split(".")[0] for message in messages] == expected

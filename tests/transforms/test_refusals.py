@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import metaopt
-from metaopt import base, hypergrad, inner, transforms
+from metaopt import base, hypergrad, inner, spaces, transforms
 
 PARAMS = {"encoder": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "head": {"kernel": jnp.ones((2, 1))}}
 PAIR = [optax.sgd(0.1), optax.adam(0.1)]
@@ -17,6 +17,8 @@ SGD = optax.sgd(0.1)
 WEIGHTS = transforms.init_learned(jax.random.key(0))
 VECTORS = {"w": jnp.array([0.5, -1.0]), "b": jnp.array([0.3])}
 adam = functools.partial(transforms.self_tuning, lambda hp: optax.adam(hp["rate"]), {"rate": 1e-3}, SGD)
+adam_of = lambda rate: transforms.self_tuning(optax.adam, rate, SGD)
+RANGE = spaces.interval(1e-3, 1.0, log=True)
 injected = functools.partial(
     transforms.self_tuning, lambda hp: optax.inject_hyperparams(optax.adam)(hp["rate"]), {"rate": 1e-3}, SGD
 )
@@ -118,6 +120,15 @@ REFUSED = [
     (
         lambda: transforms.self_tuning(optax.sgd, 0.1, 0.3),
         r"`tuner` must be an optax transform, such as `optax.adam\(0.1\)`; got 0.3",
+    ),
+    (lambda: transforms.self_tuning(SGD, 0.1, SGD), "`factory` must be a function of λ"),
+    (lambda: adam_of(RANGE), r"Instead of a space, pass `spaces.to_unconstrained\(space"),
+    (lambda: adam_of(optax.constant_schedule(0.1)), "A schedule belongs into `factory`"),
+    (lambda: adam_of(spaces.to_unconstrained(RANGE, 0.5)), 'may be negative, and .* pass `rule="additive"`'),
+    (lambda: tuned_update(VECTORS, adam(), with_params=False), r"got None. Call `update\(grads, state, params\)`"),
+    (
+        lambda: tuned_update(VECTORS, adam(), valid_grad_fn=VECTORS),
+        "`valid_grad_fn` must be a function `params -> gradient`.* got a dict",
     ),
     (
         lambda: transforms.self_tuning(lambda hp: optax.masked(optax.sgd(hp), {"a": True}), 0.1, SGD).init(PARAMS),
