@@ -478,8 +478,8 @@ class AutoRegressor(RegressorMixin, _AutoEstimator):
             y = y.astype(np.float64)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"The target must be numbers; got {y.dtype} ({error}). Labels need a classifier. In a Series of pandas, "
-                r"texts like '$1,234.50' become numbers by `y.str.replace(r'[^\d.-]', '', regex=True).astype(float)`, and texts like "
+                f"The target must be numbers; got {y.dtype} ({error}). Labels need a classifier. In pandas, '$1,234.5' "
+                r"becomes a number by `y.str.replace(r'[^\d.-]', '', regex=True).astype(float)`, and texts like "
                 r"'1.234,50 €' by `y.str.replace(r'[^\d,-]', '', regex=True).str.replace(',', '.').astype(float)`."
             ) from error
         if not np.isfinite(y).all():
