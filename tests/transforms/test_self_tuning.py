@@ -480,9 +480,10 @@ def test_it_may_be_made_in_a_jitted_function():
     np.testing.assert_allclose(jax.jit(updates)(0.1), -0.1, rtol=1e-6)
 
 
-def test_a_transform_instead_of_a_factory():
+def test_a_factory_of_the_entries_of_lambda_is_explained():
+    factory = lambda rate, decay: optax.adamw(rate, weight_decay=decay)
     with pytest.raises(TypeError) as error:
-        transforms.self_tuning(optax.sgd(0.1), 0.1, optax.sgd(0.1)).init(jnp.ones(2))
+        transforms.self_tuning(factory, {"rate": 0.1, "decay": 0.1}, optax.sgd(0.1)).init(jnp.ones(2))
     assert any("`factory` must be a function of the whole of λ" in note for note in error.value.__notes__)
 
 
