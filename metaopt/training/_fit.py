@@ -248,7 +248,6 @@ def fit(
             raise
         _save(checkpoints, run, steps, report, eval_every)
     result = _result(run, evaluate, space, stopped)
-    _advice.log_bounds(space, result.hyperparams, run)
     _raise_if_ended_early(received[0] if received else signal_number, run, result, num_steps, checkpoints)
     return result
 
@@ -386,14 +385,14 @@ def _progress(
 
 def _result(run: Run, evaluate: EvaluateFn | None, space: base.PyTree | None, stopped: str) -> FitResult:
     best = _best(run.evaluations)
-    hyperparams = _processes.local(run.state.hyperparams)
-    best_hyperparams = hyperparams if evaluate is None else run.best_hyperparams
+    hyperparams = _to_natural_units(space, _processes.local(run.state.hyperparams))
+    _advice.log_bounds(space, hyperparams, run)
     return FitResult(
-        hyperparams=_to_natural_units(space, hyperparams),
+        hyperparams=hyperparams,
         state=run.state,
         history=_run.columns(run),
         evaluations=np.array(run.evaluations, np.float64),
-        best_hyperparams=_to_natural_units(space, best_hyperparams),
+        best_hyperparams=hyperparams if evaluate is None else _to_natural_units(space, run.best_hyperparams),
         best_value=math.nan if best is None else run.evaluations[best],
         stopped=stopped or "interrupted",
     )
